@@ -1,0 +1,196 @@
+"""Start, watch and stop the processes of a local network, and remember them so that another command can stop them.
+
+Knows nothing of what the processes are: it is given command lines and readiness checks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from poip_chain.errors import ConfigurationError, Unavailable
+
+STOP_SECONDS = 15.0
+"""A process that has not ended this long after SIGTERM is killed."""
+LOG_TAIL_LINES = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One process to run. `ready_url` answers 200 once it serves; None: it is ready when started."""
+
+    name: str
+    command: Sequence[str]
+    ready_url: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    ready_timeout: float = 60.0
+
+
+class Supervisor:
+    """Runs programs with their output in `directory`/logs and their process ids in `directory`/processes.json."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._state = directory / "processes.json"
+        (directory / "logs").mkdir(parents=True, exist_ok=True)
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, program: Program) -> None:
+        """Start one program; `wait` tells when it is ready."""
+        with self.log_path(program.name).open("ab") as log:
+            process = subprocess.Popen(
+                program.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **program.environment},
+                start_new_session=True,
+            )
+        self._running[program.name] = process
+        self._remember()
+
+    def wait(self, programs: Sequence[Program], progress: Callable[[str, float], None]) -> None:
+        """Wait until all are ready; calls progress(name, seconds) as each one is.
+
+        Raises Unavailable with the end of its log if a program dies or is not ready in time.
+        """
+        begin = time.monotonic()
+        waiting = list(programs)
+        while waiting:
+            for program in list(waiting):
+                elapsed = time.monotonic() - begin
+                code = self._running[program.name].poll()
+                if code is not None:
+                    raise Unavailable(f"{program.name} ended with code {code}.", hint=self._log_hint(program.name))
+                if program.ready_url is None or _answers(program.ready_url):
+                    waiting.remove(program)
+                    progress(program.name, elapsed)
+                elif elapsed > program.ready_timeout:
+                    raise Unavailable(
+                        f"{program.name} is not ready after {elapsed:.0f} s.", hint=self._log_hint(program.name)
+                    )
+            if waiting:
+                time.sleep(0.3)
+
+    def check(self) -> None:
+        """Raises Unavailable if any program has died."""
+        for name, process in self._running.items():
+            if process.poll() is not None:
+                raise Unavailable(f"{name} ended with code {process.returncode}.", hint=self._log_hint(name))
+
+    def stop(self) -> None:
+        """Stop everything that this supervisor started, last started first."""
+        for process in reversed(self._running.values()):
+            _signal_group(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_SECONDS
+        for process in self._running.values():
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                _signal_group(process.pid, signal.SIGKILL)
+                process.wait()
+        self._running.clear()
+        self._state.unlink(missing_ok=True)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL one program and forget it: for fault tests and demonstrations."""
+        process = self._running.pop(name)
+        _signal_group(process.pid, signal.SIGKILL)
+        process.wait()
+        self._remember()
+
+    def memory_bytes(self) -> int:
+        """Resident memory of all running programs and their children (proportional share where the kernel tells it)."""
+        total = 0
+        groups = {process.pid for process in self._running.values()}
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            with contextlib.suppress(OSError, ValueError, StopIteration):
+                if os.getsid(int(entry.name)) in groups:
+                    lines = (entry / "smaps_rollup").read_text().splitlines()
+                    total += 1024 * int(next(line for line in lines if line.startswith("Pss:")).split()[1])
+        return total
+
+    def log_path(self, name: str) -> Path:
+        """Where a program's output goes."""
+        return self._directory / "logs" / f"{name}.log"
+
+    def _remember(self) -> None:
+        state = {name: {"pid": p.pid, "started": _start_time(p.pid)} for name, p in self._running.items()}
+        temporary = self._state.with_suffix(".tmp")
+        temporary.write_text(json.dumps(state))
+        temporary.replace(self._state)
+
+    def _log_hint(self, name: str) -> str:
+        path = self.log_path(name)
+        tail = "\n".join(path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+        return f"The end of {path}:\n{tail}"
+
+
+def running(directory: Path) -> dict[str, int]:
+    """Names and process ids that an earlier command left running in `directory`."""
+    try:
+        state = json.loads((directory / "processes.json").read_text())
+        entries = {name: (int(entry["pid"]), str(entry["started"])) for name, entry in state.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigurationError(
+            f"{directory / 'processes.json'} is damaged.", hint="Stop the processes by hand and delete it."
+        ) from error
+    # A process id may have been reused: the start time tells whether it is still ours.
+    return {name: pid for name, (pid, started) in entries.items() if started and _start_time(pid) == started}
+
+
+def stop_running(directory: Path) -> list[str]:
+    """Stop what an earlier command left running; the names of what was stopped."""
+    processes = running(directory)
+    for pid in reversed(processes.values()):
+        _signal_group(pid, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    for pid in processes.values():
+        while _start_time(pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if _start_time(pid):
+            _signal_group(pid, signal.SIGKILL)
+    (directory / "processes.json").unlink(missing_ok=True)
+    return list(processes)
+
+
+def free_port() -> int:
+    """A TCP port on the loopback interface that is free right now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _start_time(pid: int) -> str:
+    """The kernel's start time of a live process, '' if there is none (or it is a zombie)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
+
+
+def _signal_group(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, number)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2.0).status_code == 200
+    except httpx.HTTPError:
+        return False

@@ -1,0 +1,134 @@
+"""Fetch what an audit needs from a node over HTTP, as a distrustful reader: bounded, parsed, checked.
+
+Knows the node's HTTP API (docs/architecture.md) and nothing of the chain. Anything a node answers that does not prove
+itself raises `NodeWithholds`: for an auditor, wrong data and no data are the same thing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from poip_chain.errors import InvalidInput, Unavailable
+from poip_chain.spec.eip712 import parse_hex
+from poip_chain.spec.merkle import merkle_root
+from poip_chain.spec.objects import Batch, Receipt, Request, SamplingParams
+from poip_chain.spec.transcript import Transcript
+
+MAX_RECEIPTS_BYTES = 64 * 1024 * 1024
+"""65,536 receipts of about 900 bytes of JSON each."""
+MAX_TRANSCRIPT_BYTES = 16 * 1024 * 1024
+
+
+class NodeWithholds(Unavailable):
+    """The node did not serve data that it must serve, or served data that does not match its commitment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One audited answer with everything that its receipt commits to, roots checked."""
+
+    request: Request
+    request_signature: bytes
+    params: SamplingParams
+    receipt: Receipt
+    transcript: Transcript
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form, as evidence files keep it."""
+        return {
+            "request": self.request.to_json(),
+            "request_signature": "0x" + self.request_signature.hex(),
+            "params": self.params.to_json(),
+            "receipt": self.receipt.to_json(),
+            "transcript": self.transcript.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Record:
+        """Parse `to_json`'s form. Raises InvalidInput."""
+        fields = {"request", "request_signature", "params", "receipt", "transcript"}
+        if not isinstance(data, dict) or not fields <= set(data):
+            raise InvalidInput(f"a record must be a JSON object with the fields {sorted(fields)}.")
+        return cls(
+            request=Request.from_json(data["request"]),
+            request_signature=parse_hex(data["request_signature"], "request_signature", 65),
+            params=SamplingParams.from_json(data["params"]),
+            receipt=Receipt.from_json(data["receipt"]),
+            transcript=Transcript.from_json(data["transcript"]),
+        )
+
+
+class NodeReader:
+    """Reads batches and transcripts from one node's endpoint."""
+
+    def __init__(self, endpoint: str, timeout: float) -> None:
+        self._endpoint = endpoint.rstrip("/")
+        self._timeout = timeout
+
+    def receipts(self, batch: Batch) -> list[dict[str, Any]]:
+        """The batch's receipts in order, `{"receipt", "signature"}` each, matching the committed root and count."""
+        body = self._get(f"/v1/batches/{batch.id}/receipts", MAX_RECEIPTS_BYTES)
+        entries = body.get("receipts")
+        if not isinstance(entries, list) or len(entries) != batch.count:
+            raise NodeWithholds(f"batch {batch.id}: the node did not serve its {batch.count} receipts.")
+        try:
+            receipts = [Receipt.from_json(entry["receipt"]) for entry in entries]
+            signatures = ["0x" + parse_hex(entry["signature"], "signature", 65).hex() for entry in entries]
+        except (InvalidInput, KeyError, TypeError) as error:
+            raise NodeWithholds(f"batch {batch.id}: the node served a malformed receipt: {error}") from error
+        if merkle_root([receipt.struct_hash() for receipt in receipts]) != batch.root:
+            raise NodeWithholds(f"batch {batch.id}: the receipts served do not have the committed root.")
+        return [
+            {"receipt": receipt.to_json(), "signature": signature}
+            for receipt, signature in zip(receipts, signatures, strict=True)
+        ]
+
+    def record(self, batch: Batch, position: int, receipt: Receipt) -> Record:
+        """The full record of the receipt at `position`, matching the receipt's hashes."""
+        body = self._get(f"/v1/batches/{batch.id}/transcripts/{position}", MAX_TRANSCRIPT_BYTES)
+        try:
+            record = Record.from_json(body)
+        except InvalidInput as error:
+            raise NodeWithholds(f"batch {batch.id}, receipt {position}: malformed transcript: {error}") from error
+        return checked_record(record, receipt)
+
+    def _get(self, path: str, limit: int) -> dict[str, Any]:
+        try:
+            with httpx.stream("GET", self._endpoint + path, timeout=self._timeout) as reply:
+                data = bytearray()
+                for chunk in reply.iter_bytes():
+                    data += chunk
+                    if len(data) > limit:
+                        raise NodeWithholds(f"{path}: the node sent more than {limit} bytes.")
+            if reply.status_code != 200:
+                raise NodeWithholds(f"{path}: the node answered {reply.status_code}.")
+            body = json.loads(data)
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError) as error:
+            raise NodeWithholds(f"{path}: the node did not answer: {error!r}.") from error
+        if not isinstance(body, dict):
+            raise NodeWithholds(f"{path}: the node did not answer with a JSON object.")
+        return body
+
+
+def checked_record(record: Record, receipt: Receipt) -> Record:
+    """`record` if it belongs to the committed `receipt`: same receipt, request, parameters and transcript root.
+
+    Raises NodeWithholds otherwise: a record that does not match is not the one that was committed.
+    """
+    if record.receipt != receipt:
+        raise NodeWithholds("the node served the record of another receipt.")
+    if record.request.struct_hash() != receipt.request_hash:
+        raise NodeWithholds("the request that the node served is not the one in its receipt.")
+    if record.params.params_hash() != record.request.params_hash:
+        raise NodeWithholds("the parameters that the node served are not those of the request.")
+    try:
+        root = record.transcript.root()
+    except InvalidInput as error:
+        raise NodeWithholds(f"the transcript cannot be hashed: {error}") from error
+    if root != receipt.transcript_root:
+        raise NodeWithholds("the transcript that the node served does not have the root in its receipt.")
+    return record

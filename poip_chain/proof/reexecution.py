@@ -1,0 +1,157 @@
+"""Recompute the logits of an answer with one prefill over prompt and output (protocol section 5).
+
+Two sources of logits: torch in this process in fp32 (the quietest noise, verification needs no GPU), or any vLLM
+server through `prompt_logprobs` (first stage only: it lists the top tokens, so a margin from it is a lower bound).
+This module knows nothing of receipts, verdicts or the chain.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+
+from poip_chain.errors import InvalidInput, Unavailable
+
+LOGIT_SCALE = 65536
+"""Logits are judged as integers in units of 2**-16, round half to even."""
+MAX_BATCH_TOKENS = 2048
+"""Tokens in one padded forward: bounds the memory of a re-execution, about 1 MB a token at 135M parameters."""
+VLLM_PROMPT_LOGPROBS = 20
+ServedRow = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Token ids of one answer: at least one prompt id and one output id."""
+
+    prompt_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The logits at one output position, in units of 2**-16.
+
+    ids is None for a full row (values[v] is token v's logit); else values[k] belongs to token ids[k], the chosen token
+    among them, and every token not listed has a logit of at most min(values).
+    """
+
+    values: npt.NDArray[np.int64]
+    ids: npt.NDArray[np.int64] | None = None
+
+
+class LogitSource(Protocol):
+    """Anything that can recompute answers."""
+
+    name: str
+
+    def rows(self, answers: Sequence[Answer]) -> Iterator[tuple[int, int, Row]]:
+        """Yield (answer index, output position, row) for every output position, positions in order within an answer."""
+        ...
+
+
+class TorchSource:
+    """The model in this process, fp32 on the CPU.
+
+    Raises InvalidInput for a directory that transformers cannot load without running code from it.
+    """
+
+    def __init__(self, model_directory: Path, threads: int = 1) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(threads)
+        self.name = f"torch {torch.__version__} fp32"
+        self._torch = torch
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                model_directory, dtype=torch.float32, use_safetensors=True, local_files_only=True
+            )
+        except (OSError, ValueError) as error:
+            raise InvalidInput(
+                f"{model_directory} cannot be loaded for re-execution: {error}",
+                hint="Run `poip model prepare` on it first.",
+            ) from error
+        self._model = model.eval()
+
+    def rows(self, answers: Sequence[Answer]) -> Iterator[tuple[int, int, Row]]:
+        """See LogitSource. Answers are padded on the right into shared forwards; causality keeps them independent."""
+        torch = self._torch
+        for group in _groups(answers):
+            sequences = [answers[i].prompt_ids + answers[i].output_ids[:-1] for i in group]
+            width = max(map(len, sequences))
+            ids = torch.tensor([[*sequence, *[0] * (width - len(sequence))] for sequence in sequences])
+            with torch.inference_mode():
+                hidden = self._model.model(input_ids=ids, use_cache=False).last_hidden_state
+                for line, i in enumerate(group):
+                    first = len(answers[i].prompt_ids) - 1
+                    for position in range(len(answers[i].output_ids)):
+                        logits = self._model.lm_head(hidden[line, first + position])
+                        yield i, position, Row(to_fixed(logits.double().numpy()))
+
+
+class EngineSource:
+    """A vLLM server as a first-stage verifier: it serves the top logprobs of every prompt position."""
+
+    def __init__(self, url: str, model_name: str, timeout: float = 120.0) -> None:
+        self.name = "vLLM prompt_logprobs"
+        self._url, self._model_name, self._timeout = url.rstrip("/"), model_name, timeout
+
+    def rows(self, answers: Sequence[Answer]) -> Iterator[tuple[int, int, Row]]:
+        """See LogitSource. Raises Unavailable if the server does not answer as vLLM does."""
+        for i, answer in enumerate(answers):
+            served = self._prompt_logprobs([*answer.prompt_ids, *answer.output_ids])
+            for position, token in enumerate(answer.output_ids):
+                entry = served[len(answer.prompt_ids) + position]
+                listed = {int(key): float(value["logprob"]) for key, value in entry.items()}
+                if token not in listed:
+                    raise Unavailable(f"{self._url} served no logprob for a token of the prompt.")
+                ids = np.array(sorted(listed), dtype=np.int64)
+                values = np.array([listed[int(k)] for k in ids])
+                yield i, position, Row(to_fixed(values), ids)
+
+    def _prompt_logprobs(self, ids: list[int]) -> list[ServedRow]:
+        body = {
+            "model": self._model_name,
+            "prompt": ids,
+            "max_tokens": 1,
+            "temperature": 0,
+            "prompt_logprobs": VLLM_PROMPT_LOGPROBS,
+        }
+        try:
+            reply = httpx.post(f"{self._url}/v1/completions", json=body, timeout=self._timeout)
+            reply.raise_for_status()
+            served: list[ServedRow] = reply.json()["choices"][0]["prompt_logprobs"]
+        except (httpx.HTTPError, json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+            raise Unavailable(
+                f"the engine at {self._url} did not re-execute: {error!r}.",
+                hint="Start it with --max-logprobs 20 or more.",
+            ) from error
+        if not isinstance(served, list) or len(served) != len(ids):
+            raise Unavailable(f"{self._url} answered for another number of tokens than it was asked for.")
+        return served
+
+
+def to_fixed(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Logits as integers in units of 2**-16, round half to even."""
+    return np.rint(logits * LOGIT_SCALE).astype(np.int64)
+
+
+def _groups(answers: Sequence[Answer]) -> Iterator[list[int]]:
+    """Indices of answers of similar length, each group within MAX_BATCH_TOKENS when padded."""
+    lengths = [len(a.prompt_ids) + len(a.output_ids) for a in answers]
+    group: list[int] = []
+    for i in sorted(range(len(answers)), key=lengths.__getitem__, reverse=True):
+        if group and lengths[group[0]] * (len(group) + 1) > MAX_BATCH_TOKENS:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group

@@ -1,0 +1,43 @@
+"""What a watchtower needs to know. No chain or network access here."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Mode(StrEnum):
+    """How far a watchtower goes on its own."""
+
+    WATCH = "watch"
+    """Check and report; never prepare a transaction."""
+    PROPOSE = "propose"
+    """Also write each transaction that it would send as a file for a person to send; send nothing."""
+    DEFEND = "defend"
+    """Send them, within the bond budget."""
+
+
+class WatchtowerSettings(BaseModel):
+    """Settings of one watchtower. Times in seconds, money in wei of the network's token."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rpc_url: str
+    deployment: Path
+    data: Path
+    key: Path | None = Field(None, description="keystore v3 of the account that posts bonds; needed in mode defend")
+    password_file: Path | None = None
+    mode: Mode = Mode.WATCH
+    bond_budget: int = Field(0, ge=0, description="most that may stand in bonds at one time, wei")
+    models: list[Path] = Field(default_factory=list, description="prepared model directories to re-execute with")
+    engine_urls: dict[str, str] = Field(
+        default_factory=dict, description="model id (0x-hex) -> vLLM server to re-execute with instead of torch"
+    )
+    poll_interval: float = Field(1.0, gt=0)
+    confirmations: int = Field(0, ge=0, description="blocks to wait before a batch is believed")
+    node_timeout: float = Field(10.0, gt=0)
+    fetch_attempts: int = Field(3, ge=1, description="tries before a node that does not serve is challenged on chain")
+    torch_threads: int = Field(1, ge=1)
+    metrics_port: int | None = None
