@@ -1,8 +1,8 @@
 """Where packages come from: pip's own settings, handed on to uv.
 
-A machine is prepared for pip once (an index, a mirror, a folder of wheels, a certificate). uv reads none of pip's
-settings, so they are translated here into uv's environment variables. What a person has already set for uv stays. This
-file must not name any index: the addresses are the machine's business.
+A machine is prepared for pip once (an index, a mirror, a folder of wheels, a certificate). uv reads none of
+pip's settings, so they are translated here into uv's environment variables. What a person has already set
+for uv stays. This file must not name any index: the addresses are the machine's business.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _SYNONYMS = {"UV_DEFAULT_INDEX": "UV_INDEX_URL", "UV_INDEX": "UV_EXTRA_INDEX_URL
 def read_pip_settings(python: Path) -> dict[str, str]:
     """pip's settings by bare name (`find-links`), as the given interpreter's pip sees them.
 
-    The environment wins over the `install` section, which wins over `global`, as in pip itself. An interpreter without
-    pip has no settings.
+    The environment wins over the `install` section, which wins over `global`, as in pip itself. An
+    interpreter without pip has no settings.
     """
     listing = subprocess.run(
         [str(python), "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
@@ -45,7 +45,9 @@ def read_pip_settings(python: Path) -> dict[str, str]:
     return {**by_section["global"], **by_section["install"], **by_section[":env:"]}
 
 
-def uv_environment(settings: Mapping[str, str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+def uv_environment(
+    settings: Mapping[str, str], environment: Mapping[str, str] = os.environ
+) -> dict[str, str]:
     """The environment for uv: `environment`, completed by pip's `settings` where nothing was set for uv."""
     result = dict(environment)
     for name, (variable, separator) in _TRANSLATION.items():
@@ -54,7 +56,7 @@ def uv_environment(settings: Mapping[str, str], environment: Mapping[str, str] =
             result[variable] = value
     if settings.get("no-index", "").lower() in {"1", "true", "yes", "on"}:
         result.setdefault("UV_NO_INDEX", "1")
-    # pip looks in all of its sources for the best version; uv by default stops at the first that knows the name. The
-    # locks pin every file by its hash, so that a second source cannot slip in another one.
+    # pip looks in all of its sources for the best version; uv by default stops at the first that knows the
+    # name. The locks pin every file by its hash, so that a second source cannot slip in another one.
     result.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")
     return result

@@ -1,8 +1,9 @@
-"""Create or refresh the project's Python environments from the lock files; does nothing when they are up to date.
+"""Create or refresh the project's Python environments from the lock files; does nothing if they are current.
 
-`python3.11 -m build_tools.setup_env` makes .venv (runtime, engine, default model, development tools), `--ape` makes
-.venv-ape (the contracts toolchain of Ape). It runs on a bare Python 3.11, so it must import nothing but the standard
-library and build_tools. When a lock file has not changed since the last run, it needs no network.
+`python3.11 -m build_tools.setup_env` makes .venv (runtime, engine, default model, development tools),
+`--ape` makes .venv-ape (the contracts toolchain of Ape). It runs on a bare Python 3.11, so it must import
+nothing but the standard library and build_tools. When a lock file has not changed since the last run, it
+needs no network.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ _HEARTBEAT_SECONDS = 20.0
 _STAMP = "poip-setup.json"
 
 TORCH_ADVICE = """\
-No source of PyTorch's CPU build is configured for pip, so nothing was downloaded: without one the ordinary build would
-come, with several gigabytes of CUDA packages that a CPU node cannot use.
-Fix: add PyTorch's CPU wheel index (https://download.pytorch.org/whl/cpu), or a folder that holds the wheel of
-{requirement}, to pip's own settings, and run the command again:
+No source of PyTorch's CPU build is configured for pip, so nothing was downloaded: without one the ordinary
+build would come, with several gigabytes of CUDA packages that a CPU node cannot use.
+Fix: add PyTorch's CPU
+wheel index (https://download.pytorch.org/whl/cpu), or a folder that holds the wheel of {requirement}, to
+pip's own settings, and run the command again:
     pip config set global.extra-index-url https://download.pytorch.org/whl/cpu
     pip config set global.find-links /path/to/wheels"""
 
@@ -82,7 +84,7 @@ def fingerprint(paths: Sequence[Path], *extra: str) -> str:
 
 
 def wanted_stamp(environment: Environment) -> dict[str, str]:
-    """What a finished environment records: a hash of its locks, and one of what its in-place package depends on."""
+    """What a finished environment records: hashes of its locks, and of what its package depends on."""
     locks = [*environment.lock_paths, REQUIREMENTS / "bootstrap.lock", REQUIREMENTS / "build.lock"]
     stamp = {"locks": fingerprint(locks, sys.version, str(ROOT))}
     if environment.has_package:
@@ -110,13 +112,13 @@ def pinned(lock: Path, package: str) -> str:
     """The requirement `package==version` that a lock holds; `SetupError` if it holds none."""
     found = re.search(rf"^{re.escape(package)}==[^\s\\;]+", lock.read_text(), re.MULTILINE)
     if found is None:
-        raise SetupError(f"{lock.name} pins no {package}. Restore the file, or remake it with build_tools.lock_requirements.")
+        raise SetupError(f"{lock.name} pins no {package}. Restore it, or run build_tools.lock_requirements.")
     return found.group()
 
 
 @contextmanager
 def heartbeat(what: str) -> Iterator[None]:
-    """Print a line every `_HEARTBEAT_SECONDS` while the body runs, so that a long quiet step is seen to live."""
+    """Print a line every `_HEARTBEAT_SECONDS` while the body runs: a long quiet step is seen to live."""
     done, started = threading.Event(), time.monotonic()
 
     def beat() -> None:
@@ -137,7 +139,9 @@ def run(what: str, command: Sequence[str], environment: Mapping[str, str], fix: 
     with heartbeat(what):
         finished = subprocess.run(command, cwd=ROOT, env=dict(environment), check=False)
     if finished.returncode:
-        raise SetupError(f"Failed while {what} (exit code {finished.returncode}; its own words are above).\n{fix}")
+        raise SetupError(
+            f"Failed while {what} (exit code {finished.returncode}; its own words are above).\n{fix}"
+        )
 
 
 def create(environment: Environment) -> None:
@@ -148,7 +152,7 @@ def create(environment: Environment) -> None:
         shutil.rmtree(environment.path, ignore_errors=True)
         raise SetupError(
             f"Python at {sys.executable} could not make a virtual environment: {error}\n"
-            "Fix: install its venv module (Debian and Ubuntu: apt-get install python3.11-venv) and run the command again."
+            "Fix: install its venv module (Debian, Ubuntu: apt-get install python3.11-venv), then try again."
         ) from error
 
 
@@ -157,7 +161,9 @@ def install_uv(environment: Environment) -> None:
     uv = environment.path / "bin" / "uv"
     version = pinned(REQUIREMENTS / "bootstrap.lock", "uv").partition("==")[2]
     if uv.exists():
-        said = subprocess.run([str(uv), "--version"], capture_output=True, text=True, check=False).stdout.split()
+        said = subprocess.run(
+            [str(uv), "--version"], capture_output=True, text=True, check=False
+        ).stdout.split()
         if said[1:2] == [version]:
             return
     lock = str(REQUIREMENTS / "bootstrap.lock")
@@ -171,7 +177,7 @@ def install_uv(environment: Environment) -> None:
 
 
 def check_torch_source(environment: Environment, uv_variables: Mapping[str, str]) -> None:
-    """Ask the resolver itself for the locked CPU build of torch, without installing; `SetupError` if it finds none."""
+    """Ask the resolver, without installing, for the locked CPU build of torch; `SetupError` if none."""
     requirement = pinned(environment.lock_paths[0], "torch")
     command = [str(environment.path / "bin" / "uv"), "pip", "install", "--dry-run", "--no-deps", "--quiet"]
     asked = subprocess.run(
@@ -183,7 +189,9 @@ def check_torch_source(environment: Environment, uv_variables: Mapping[str, str]
         check=False,
     )
     if asked.returncode:
-        raise SetupError(f"{TORCH_ADVICE.format(requirement=requirement)}\n\nThe resolver said:\n{asked.stderr.strip()}")
+        raise SetupError(
+            f"{TORCH_ADVICE.format(requirement=requirement)}\n\nThe resolver said:\n{asked.stderr.strip()}"
+        )
 
 
 def check_disk() -> None:
@@ -213,15 +221,26 @@ def install(environment: Environment) -> None:
         check_disk()
     else:
         print("[3/4] no engine in this environment: PyTorch is not needed", flush=True)
-    print(f"[4/4] installing {count} packages, about a minute from a near index; large files are named below", flush=True)
-    command = [str(environment.path / "bin" / "uv"), "pip", "sync", "--require-hashes", "--require-build-hashes"]
+    print(
+        f"[4/4] installing {count} packages, about a minute from a near index; large files are named below",
+        flush=True,
+    )
+    command = [
+        str(environment.path / "bin" / "uv"),
+        "pip",
+        "sync",
+        "--require-hashes",
+        "--require-build-hashes",
+    ]
+    command += ["--preview-features", "build-dependency-hashes"]
     command += ["--build-constraints", str(REQUIREMENTS / "build.lock"), "--python", str(environment.python)]
     run(
         "installing packages",
         [*command, *map(str, environment.lock_paths)],
         uv_variables,
-        "Fix: check the connection to the package index and the free space, then run the command again; it goes on\n"
-        "from what is already downloaded. A hash mismatch means that the index serves other files than were locked.",
+        "Fix: check the connection to the package index and the free space, then run the command again; it\n"
+        "goes on from what is already downloaded. A hash mismatch means that the index serves other files\n"
+        "than were locked.",
     )
 
 
@@ -232,7 +251,7 @@ def install_package(environment: Environment) -> None:
         "installing poip-chain in place",
         [*command, "--no-build-isolation", "--python", str(environment.python), "-e", str(ROOT)],
         uv_environment(read_pip_settings(environment.python)),
-        "Fix: the error above is about this checkout; pyproject.toml or a file that it names is missing or broken.",
+        "Fix: the error above is about this checkout: pyproject.toml, or a file that it names, is broken.",
     )
 
 

@@ -134,12 +134,17 @@ class GumbelSampler:
         on_host = logits.device.type == "cpu"
         chosen = logits if len(rows) == logits.shape[0] and list(rows) == list(range(len(rows))) else logits[list(rows)]
         chosen = chosen.to(torch.float32)
-        peaks = chosen.argmax(dim=1)
-        tops = chosen.gather(1, peaks[:, None])[:, 0].cpu().numpy()
-        peak_ids = peaks.cpu().numpy()
+        if on_host:  # numpy's argmax is ten times as fast as torch's here
+            peaks = chosen.numpy().argmax(axis=1)
+            tops = np.take_along_axis(chosen.numpy(), peaks[:, None], 1)[:, 0]
+        else:
+            columns = chosen.argmax(dim=1)
+            tops = chosen.gather(1, columns[:, None])[:, 0].cpu().numpy()
+            peaks = columns.cpu().numpy()
 
         sane = np.abs(tops) < SAFE_LOGIT
-        noise = gumbel_array(uniform_bits_array(wide_keys, peak_ids))
+        bits = (sampler.uniform_bits(key, peak) for key, peak in zip(keys, peaks.tolist(), strict=True))
+        noise = np.array([sampler.gumbel(b) for b in bits], dtype=np.int64)
         best = 1000 * quantise_array(tops) + temperatures * noise
         bounds = (best - temperatures * CUT - 500).astype(np.float64) / 65_536_000
         floors = np.nextafter(bounds.astype(np.float32), np.float32(-np.inf))
