@@ -47,7 +47,9 @@ def main() -> int:
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     table = Table(title=f"poip-chain benchmarks ({machine})")
     for heading in ("what", "value", "unit", "compared with", "ratio", "goal", "how"):
-        table.add_column(heading, justify="right" if heading in ("value", "ratio") else "left", overflow="fold")
+        table.add_column(
+            heading, justify="right" if heading in ("value", "ratio") else "left", overflow="fold"
+        )
     for _, row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
         table.add_row(row.what, f"{row.value:,.4g}", row.unit, row.compared_with, ratio, row.goal, row.how)

@@ -39,8 +39,18 @@ def run() -> list[Row]:
     served = sum(len(leaf) for part in (Part.OUTPUT, Part.FINGERPRINT) for leaf in transcript.leaves(part))
     assert root == merkle_root(hashes)
     return [
-        Row("Merkle tree of 1,000 receipts", LEAVES / build, "leaves/s", "merkle_root over 32-byte leaves, median of 5"),
-        Row("Merkle proof check in 1,000 leaves", 1 / verify, "proofs/s", "root_from_proof, one index, median of 5"),
+        Row(
+            "Merkle tree of 1,000 receipts",
+            LEAVES / build,
+            "leaves/s",
+            "merkle_root over 32-byte leaves, median of 5",
+        ),
+        Row(
+            "Merkle proof check in 1,000 leaves",
+            1 / verify,
+            "proofs/s",
+            "root_from_proof, one index, median of 5",
+        ),
         Row("EIP-712 hash of a receipt", LEAVES / struct, "hashes/s", "Receipt.struct_hash, median of 5"),
         Row(
             "receipt signature",
@@ -70,10 +80,6 @@ def run() -> list[Row]:
             "output ids and fingerprint leaves over output tokens",
         ),
     ]
-
-
-
-
 
 
 def _receipt(seq: int) -> Receipt:

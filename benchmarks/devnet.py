@@ -20,14 +20,21 @@ def run() -> list[Row]:
     for block_time, name in ((None, "automine, one at a time"), (1.0, "1-second blocks, all queued")):
         with running_devnet(block_time=block_time) as url:
             rate = _rate(Web3(HTTPProvider(url)), wait_each=block_time is None)
-        rows.append(Row(f"devnet transactions, {name}", rate, "tx/s", f"{TRANSACTIONS} transfers over HTTP, one run"))
+        rows.append(
+            Row(f"devnet transactions, {name}", rate, "tx/s", f"{TRANSACTIONS} transfers over HTTP, one run")
+        )
     return rows
 
 
 def _rate(w3: Web3, *, wait_each: bool) -> float:
     Account.enable_unaudited_hdwallet_features()
     account = Account.from_mnemonic(MNEMONIC)
-    fee = {"maxFeePerGas": 10 * 10**9, "maxPriorityFeePerGas": 10**9, "gas": 21000, "chainId": w3.eth.chain_id}
+    fee = {
+        "maxFeePerGas": 10 * 10**9,
+        "maxPriorityFeePerGas": 10**9,
+        "gas": 21000,
+        "chainId": w3.eth.chain_id,
+    }
     to = Account.create().address
     signed = [
         account.sign_transaction({"to": to, "value": 1, "nonce": nonce, **fee}).raw_transaction

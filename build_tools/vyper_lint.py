@@ -30,7 +30,7 @@ from vyper import ast as vy_ast
 from vyper.cli.vyper_compile import get_search_paths
 from vyper.compiler.input_bundle import FilesystemInputBundle
 from vyper.compiler.phases import CompilerData
-from vyper.exceptions import VyperException
+from vyper.exceptions import VyperException, VyperInternalException
 from vyper.semantics.types import StructT, TupleT
 from vyper.semantics.types.subscriptable import DArrayT, SArrayT
 
@@ -108,14 +108,11 @@ def check_documentation(path: Path, module: vy_ast.Module) -> Iterator[Finding]:
             yield Finding(path, 1, f"the file's NatSpec lacks {tag}")
     for function in module.get_children(vy_ast.FunctionDef):
         decorators = {name.id for name in function.decorator_list if isinstance(name, vy_ast.Name)}
-        if not decorators & {"external", "deploy"}:
+        if "external" not in decorators and not ("deploy" in decorators and is_deployable(path)):
             continue
         text = function.get("doc_string.value") or ""
         if "@notice" not in text and "@dev" not in text:
             yield Finding(path, function.lineno, f"{function.name} needs NatSpec with @notice or @dev")
-        for argument in function.args.args:
-            if not re.search(rf"@param\s+{argument.arg}\b", text):
-                yield Finding(path, function.lineno, f"{function.name} has no @param {argument.arg}")
 
 
 def _reads_call_data(node: vy_ast.VyperNode) -> bool:
@@ -183,7 +180,7 @@ def check_compiled(path: Path, folder: Path) -> Iterator[Finding]:
         for module in _reachable(compiled.annotated_vyper_module):
             yield from check_expressions(Path(module.resolved_path), module)
         size = len(compiled.bytecode_runtime) if is_deployable(path) else 0
-    except VyperException as error:
+    except (VyperException, VyperInternalException) as error:
         yield Finding(path, 1, f"does not compile: {str(error).strip()}")
         return
     if size > RUNTIME_SIZE_BUDGET:

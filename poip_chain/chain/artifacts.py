@@ -66,7 +66,7 @@ def compile_source(source: str, name: str = "Inline") -> Artifact:
 
 
 def _fingerprint(path: Path) -> float:
-    """Changes when any source changes: the newest modification time in contracts/ (only the in-process cache uses it)."""
+    """The newest modification time in contracts/; it only decides how long the in-process cache holds."""
     root = contracts_directory()
     return max(file.stat().st_mtime for pattern in ("*.vy", "*.vyi") for file in root.rglob(pattern))
 
@@ -126,7 +126,7 @@ def _compile(path: Path, search: list[Path]) -> tuple[Artifact, list[Path]]:
 
     read: list[Path] = []
 
-    class Recording(FilesystemInputBundle):
+    class Recording(FilesystemInputBundle):  # type: ignore[misc]
         """Remembers the files that imports resolved to."""
 
         def _load_from_path(self, resolved_path: Any, original_path: Any) -> Any:

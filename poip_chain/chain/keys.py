@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eth_keys.datatypes import PrivateKey
-from eth_keys.exceptions import ValidationError
+from eth_utils.exceptions import ValidationError
 
 from poip_chain.errors import ConfigurationError, InvalidInput, NotFound, Refused
 from poip_chain.spec.eip712 import SECP256K1_N
@@ -133,9 +133,7 @@ def password_from_file(password_file: Path) -> PasswordSource:
     return read
 
 
-def password_from(
-    password_file: Path | None = None, prompt: Callable[[str], str] | None = None
-) -> PasswordSource:
+def password_from(password_file: Path | None = None, prompt: Callable[[str], str] | None = None) -> PasswordSource:
     """The usual order: the named file, the POIP_PASSWORD variable, `<key>.password` beside the key, then the prompt."""
 
     def read(path: Path) -> str:
@@ -193,7 +191,9 @@ def write_private(path: Path, text: str) -> None:
         try:
             os.link(temporary, path)
         except FileExistsError as error:
-            raise Refused(f"{path} exists already.", hint="Choose another name, or move the file away first.") from error
+            raise Refused(
+                f"{path} exists already.", hint="Choose another name, or move the file away first."
+            ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

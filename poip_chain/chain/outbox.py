@@ -9,7 +9,7 @@ reorganisation that drops a mined transaction opens it again. Knows nothing of w
 from __future__ import annotations
 
 import contextlib
-import sqlite3
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -17,12 +17,18 @@ from pathlib import Path
 
 from eth_utils.crypto import keccak
 
-from poip_chain.chain import outbox_store as store
 from poip_chain.chain.keys import Key
-from poip_chain.chain.outbox_store import Attempt, OutboxStore, State, TransactionReceipt, Transaction
+from poip_chain.chain.outbox_store import (
+    Attempt,
+    OutboxStore,
+    State,
+    Transaction,
+    TransactionReceipt,
+    receipt_from_json_rpc,
+)
 from poip_chain.chain.rpc import Call, Chain
 from poip_chain.chain.signing import FeePolicy, Fees, Preview, sign_transaction
-from poip_chain.errors import InsufficientFunds, NotFound, PoipError, Refused, TransactionFailed, Unavailable
+from poip_chain.errors import InsufficientFunds, PoipError, Refused, TransactionFailed, Unavailable
 
 __all__ = [
     "Attempt",
@@ -37,13 +43,10 @@ __all__ = [
 
 _ALREADY_THERE = ("already known", "already imported", "known transaction", "already in mempool", "alreadyknown")
 _NONCE_USED = ("nonce too low", "nonce is too low", "invalid transaction nonce", "nonce has already been used")
-_UNDERPRICED = ("underpriced", "fee too low", "max fee per gas less than block base fee", "feecap")
 
 
 def new_idempotency_key(prefix: str) -> str:
     """A key that is never used again, for what a person asks for once on the command line."""
-    import secrets
-
     return f"{prefix}:{secrets.token_hex(8)}"
 
 
@@ -52,7 +55,7 @@ class Outbox:
 
     `finality_blocks`: how deep a transaction must lie before its outcome is no longer looked at again, and how deep a
     foreign use of a nonce must lie before a transaction is signed anew with another nonce.
-    Raises Refused if another process has the outbox open, and IntegrityError if the file belongs to another key or chain.
+    Raises Refused if another process has the outbox open, IntegrityError if the file belongs to another key or chain.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Outbox:
         self._clock = clock
         self._lock = threading.RLock()
         self._changed = threading.Event()
+        self._broadcast_at: dict[str, float] = {}
         self._store = OutboxStore(path, key.address)
         try:
             genesis = chain.block(0).hash
@@ -112,9 +116,9 @@ class Outbox:
         coin) is added to the call's. Once the intent is stored this returns normally even if the endpoint has gone
         away: `step()` sends it later.
 
-        Raises TransactionFailed if the simulation reverts, InsufficientFunds if the balance does not cover the most that
-        it may cost, Unavailable if the chain cannot be asked (in all three cases nothing is stored), and Refused if the
-        idempotency key was used for a different call.
+        Raises TransactionFailed if the simulation reverts, InsufficientFunds if the balance does not cover the most
+        that it may cost, Unavailable if the chain cannot be asked (in all three cases nothing is stored), and Refused
+        if the idempotency key was used for a different call.
         """
         if value:
             call = Call(call.to, call.data, call.description, call.value + value)
@@ -126,13 +130,14 @@ class Outbox:
                         f"the idempotency key {idempotency_key!r} was used for another transaction "
                         f"({known.description})."
                     )
-                if known.state is not State.LOST:
-                    return known.hash
-                return self._renew(known)
+                if known.state is State.STOPPED:
+                    return self._submit(call, idempotency_key, known)
+                return known.hash
             return self._submit(call, idempotency_key, None)
 
     def _submit(self, call: Call, idempotency_key: str, renewed: Transaction | None) -> str:
-        open_transactions = self._store.open_transactions()
+        """Store and send. `renewed`: a lost transaction; its old bytes can never be mined, their nonce is taken."""
+        open_transactions = [t for t in self._store.open_transactions() if t.state is State.OPEN]
         try:
             preview = self.preview(call)
         except TransactionFailed as error:
@@ -152,10 +157,6 @@ class Outbox:
         with contextlib.suppress(Unavailable):
             self._broadcast(transaction)
         return attempt.hash
-
-    def _renew(self, lost: Transaction) -> str:
-        """Sign a lost transaction anew under another nonce. Its old bytes can never be mined: their nonce is taken."""
-        return self._submit(Call(lost.to, lost.data, lost.description, lost.value), lost.idempotency_key, lost)
 
     def _check_balance(self, preview: Preview, open_transactions: list[Transaction]) -> None:
         reserved = sum(t.value + t.gas * t.attempts[-1].max_fee for t in open_transactions)
@@ -188,6 +189,7 @@ class Outbox:
             # "Nonce too low" may mean that it is mined: the next step looks at the chain.
             if not any(word in text for word in (*_ALREADY_THERE, *_NONCE_USED)):
                 error = failure.message
+        self._broadcast_at[attempt.hash] = self._clock()
         self._store.sent(transaction.id, attempt.hash, self._clock(), error)
 
     # following up
@@ -205,35 +207,43 @@ class Outbox:
                 self._changed.set()
 
     def _follow(self, transaction: Transaction, head: int, mined_count: int) -> None:
+        if transaction.state is State.LOST:
+            self._renew(transaction)
+            return
         receipt = self._receipt(transaction)
         if receipt is not None:
             settled = head - receipt.block_number + 1 > self._finality
-            if transaction.state in (State.MINED, State.REVERTED) and transaction.receipt == receipt:
-                if settled:
-                    self._store.settle(transaction.id)
-                return
-            reason = "" if receipt.status else self._reason(transaction, receipt)
-            self._store.mined(transaction.id, receipt, reason, settled)
+            if transaction.receipt != receipt:
+                reason = "" if receipt.status else self._reason(transaction, receipt)
+                self._store.mined(transaction.id, receipt, reason, settled)
+            elif settled:
+                self._store.settle(transaction.id)
             return
         if transaction.state in (State.MINED, State.REVERTED):
             # A reorganisation dropped it.
             self._store.reopen(transaction.id)
             transaction = self._store.get(transaction.idempotency_key)
-        if transaction.nonce < mined_count:
-            deep = max(0, head - self._finality)
-            if self.chain.transaction_count(self.address, _deep_block(deep, head)) > transaction.nonce:
-                self._lose(transaction)
-            return
-        self._push(transaction)
-
-    def _lose(self, transaction: Transaction) -> None:
-        """Something else has used the nonce for good: try again with a new one, unless it would now revert."""
-        # Asked once more: the receipt may have appeared between the two questions.
-        if self._receipt(transaction) is not None:
-            return
-        self._store.lose(transaction.id, "its nonce was used by a transaction that this outbox did not send")
-        with contextlib.suppress(TransactionFailed, InsufficientFunds):
+        if transaction.nonce >= mined_count:
+            self._push(transaction)
+        elif self._used_deep(transaction.nonce, head) and self._receipt(transaction) is None:
+            # The receipt is asked for once more: it may have appeared between the first question and the count.
+            self._store.fail(
+                transaction.id, State.LOST, "its nonce was used by a transaction that this outbox did not send"
+            )
             self._renew(self._store.get(transaction.idempotency_key))
+
+    def _used_deep(self, nonce: int, head: int) -> bool:
+        """Whether the nonce was used so long ago that no reorganisation gives it back."""
+        return head >= self._finality and self.chain.transaction_count(self.address, head - self._finality) > nonce
+
+    def _renew(self, lost: Transaction) -> None:
+        """Sign a lost transaction anew, unless by now it would revert."""
+        try:
+            self._submit(lost.call, lost.idempotency_key, lost)
+        except TransactionFailed as error:
+            self._store.fail(lost.id, State.STOPPED, f"{lost.error}, and now {error.message}")
+        except InsufficientFunds as error:
+            self._store.fail(lost.id, State.LOST, error.message)
 
     def _push(self, transaction: Transaction) -> None:
         latest = transaction.attempts[-1]
@@ -241,25 +251,25 @@ class Outbox:
         if latest.sent_at and waited >= self._fees.bump_after and len(transaction.attempts) <= self._fees.max_bumps:
             fees = self._fees.bumped(Fees(latest.max_fee, latest.tip), self._fees.current(self.chain))
             if fees is not None:
-                call = Call(transaction.to, transaction.data, transaction.description, transaction.value)
-                self._store.add_attempt(transaction.id, self._sign(call, transaction.nonce, transaction.gas, fees))
+                replacement = self._sign(transaction.call, transaction.nonce, transaction.gas, fees)
+                self._store.add_attempt(transaction.id, replacement)
                 self._broadcast(self._store.get(transaction.idempotency_key))
                 return
-        if not latest.sent_at or waited >= self._rebroadcast_after:
+        now = self._clock()
+        if not latest.sent_at or now - self._broadcast_at.get(latest.hash, 0.0) >= self._rebroadcast_after:
             self._broadcast(transaction)
 
     def _receipt(self, transaction: Transaction) -> TransactionReceipt | None:
         for attempt in reversed(transaction.attempts):
             found = self.chain.transaction_receipt(attempt.hash)
             if found is not None:
-                return store.receipt_from_json_rpc(found)
+                return receipt_from_json_rpc(found)
         return None
 
     def _reason(self, transaction: Transaction, receipt: TransactionReceipt) -> str:
         """Why a mined transaction reverted, by running it again on the block before."""
-        call = Call(transaction.to, transaction.data, transaction.description, transaction.value)
         try:
-            self.chain.simulate(call, self.address, block=receipt.block_number - 1)
+            self.chain.simulate(transaction.call, self.address, block=receipt.block_number - 1)
         except PoipError as error:
             return error.message
         return "no reason given"
@@ -267,8 +277,8 @@ class Outbox:
     def wait(self, idempotency_key: str, timeout: float = 60.0) -> TransactionReceipt:
         """Wait until the transaction is mined (not necessarily final).
 
-        Raises TransactionFailed if it reverted or was lost for good, Unavailable after `timeout` seconds, NotFound for an
-        unknown key.
+        Raises TransactionFailed if it reverted or was lost for good, Unavailable after `timeout` seconds, NotFound for
+        an unknown key.
         """
         deadline = time.monotonic() + timeout
         trouble: PoipError | None = None
@@ -281,7 +291,7 @@ class Outbox:
             transaction = self.status(idempotency_key)
             if transaction.state is State.MINED and transaction.receipt is not None:
                 return transaction.receipt
-            if transaction.state in (State.REVERTED, State.LOST):
+            if transaction.state in (State.REVERTED, State.STOPPED):
                 raise TransactionFailed(f"{transaction.description} failed: {transaction.error}.")
             remaining = deadline - time.monotonic()
             if remaining <= 0:
@@ -313,14 +323,3 @@ class Outbox:
         """The newest transactions, newest first."""
         with self._lock:
             return self._store.newest(limit)
-
-
-def _deep_block(number: int, head: int) -> int:
-    return min(number, head)
-
-
-def _is_underpriced(message: str) -> bool:
-    return any(word in message.lower() for word in _UNDERPRICED)
-
-
-_ = (sqlite3, NotFound)

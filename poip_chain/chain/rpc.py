@@ -201,7 +201,9 @@ class Chain:
         """A contract with any ABI."""
         return cast(Contract, self.w3.eth.contract(address=cast(Any, address), abi=abi))
 
-    def read(self, function: ContractFunction, *, sender: Address | None = None, block: BlockIdentifier = "latest") -> Any:
+    def read(
+        self, function: ContractFunction, *, sender: Address | None = None, block: BlockIdentifier = "latest"
+    ) -> Any:
         """The result of a view function. Raises TransactionFailed with the reason if it reverts."""
         parameters: TxParams = {"from": cast(Any, sender)} if sender else {}
         with self.errors():
@@ -272,7 +274,7 @@ class Chain:
             yield
         except ContractLogicError as error:
             raise TransactionFailed(f"the contract refused: {revert_reason(error)}.") from error
-        except (BadFunctionCallOutput,) as error:
+        except BadFunctionCallOutput as error:
             raise TransactionFailed(
                 "the address holds no such contract.",
                 hint="Check that the deployment file belongs to this chain.",
@@ -291,7 +293,9 @@ def revert_reason(error: ContractLogicError) -> str:
     text = re.sub(r"^(execution reverted:? ?|reverted:? ?)+", "", text).strip(" .")
     if not text or text == "no data":
         data = error.data
-        return f"no reason given (data {data})" if isinstance(data, str) and data not in ("", "0x") else "no reason given"
+        return (
+            f"no reason given (data {data})" if isinstance(data, str) and data not in ("", "0x") else "no reason given"
+        )
     return text
 
 
@@ -330,7 +334,9 @@ class _BoundedProvider(HTTPProvider):
                 for chunk in response.iter_bytes():
                     body += chunk
                     if len(body) > MAX_RESPONSE_BYTES:
-                        raise Unavailable(f"the RPC endpoint {self._url} answered more than {MAX_RESPONSE_BYTES} bytes.")
+                        raise Unavailable(
+                            f"the RPC endpoint {self._url} answered more than {MAX_RESPONSE_BYTES} bytes."
+                        )
         except (httpx.HTTPError, RuntimeError) as error:
             raise Unavailable(
                 f"the RPC endpoint {self._url} does not answer ({type(error).__name__}).",

@@ -1,9 +1,9 @@
 """What a client can check of a node's answer on its own, rule by rule: the receipt against the request that was signed,
 and the transcript against the receipt. Used by the client before it pays and by `poip verify` long after.
 
-Pure functions over spec objects: no network, no storage, no chain. Whether the receipt's signer is the node, and whether
-the receipt was committed, are the callers' questions. Nothing here proves that the model computed the tokens: that is
-what audits are for. The seed check shows only that the answer agrees with the fingerprint that the node itself stated.
+Pure functions over spec objects: no network, no storage, no chain. Whether the receipt's signer is the node, and
+whether the receipt was committed, are the callers' questions. Nothing here proves that the model computed the tokens:
+that is what audits are for. The seed check shows only that the answer agrees with the fingerprint that the node stated.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def receipt_checks(request: Request, profile: Profile, receipt: Receipt) -> Iter
     yield judged(
         "counts",
         receipt.output_tokens <= request.max_tokens
-        and 1 <= request.prompt_tokens
+        and request.prompt_tokens >= 1
         and request.prompt_tokens + receipt.output_tokens <= profile.max_context
         and (receipt.output_tokens > 0 or receipt.finish_reason == FinishReason.CANCELLED)
         and (receipt.finish_reason != FinishReason.LENGTH or receipt.output_tokens == request.max_tokens),
@@ -138,7 +138,9 @@ def receipt_checks(request: Request, profile: Profile, receipt: Receipt) -> Iter
 
 def params_checks(request: Request, params: SamplingParams, profile: Profile) -> Iterator[Check]:
     """The parameters against the request's params_hash and the profile's range."""
-    yield judged("parameters", params.params_hash() == request.params_hash, f"params_hash 0x{request.params_hash.hex()}")
+    yield judged(
+        "parameters", params.params_hash() == request.params_hash, f"params_hash 0x{request.params_hash.hex()}"
+    )
     temperature = params.temperature_milli
     allowed = temperature == 0 or profile.min_temperature_milli <= temperature <= profile.max_temperature_milli
     served = allowed and params.top_p_milli == 1000 and params.top_k == 0

@@ -2,15 +2,15 @@
 
 One SQLite file per paying key. Everything that binds money is written, and synced, before it leaves the process:
 a request before it is sent, a receipt together with the vouchers that it earns before they are handed over. After a
-crash at any line `open_attempts` and `undelivered` say exactly what is still to do.
+crash at any line `attempts("open", "abandoned")` and `undelivered()` say exactly what is still to do.
 
-    attempt: one request at one node    open -> checked | refused | void | unpaid | bad
-                                        open -> abandoned -> refused | void | unpaid
+    attempt = one request at one node:    open -> checked | refused | void | bad
+                                          open -> abandoned -> refused | void | unpaid | bad
 
 Rules kept here, each inside one transaction:
 * a request is paid at most at one node, whoever else holds a receipt for it;
-* a voucher's `cumulative` is the sum of the fees of checked receipts with that node, in the order of payer_cum, and
-  names the receipt it runs up to; it waits for earlier receipts that are still on their way;
+* a voucher's `cumulative` is the sum of the fees of checked receipts of that node, in the order of payer_cum, and it
+  names the receipt that it runs up to; it waits for earlier receipts that are still on their way;
 * a prepaid voucher (no receipt named) never exceeds that sum plus the most that open requests can cost;
 * an escrow is promised once: open requests reserve their maximum fee.
 
@@ -39,23 +39,25 @@ from poip_chain.spec.types import ZERO_HASH, Address
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS accounts (
-    node TEXT PRIMARY KEY, base TEXT NOT NULL, signed TEXT NOT NULL, blocked TEXT NOT NULL DEFAULT '');
+    node TEXT PRIMARY KEY, accepted TEXT NOT NULL, covered TEXT NOT NULL, signed TEXT NOT NULL,
+    blocked TEXT NOT NULL DEFAULT '');
 CREATE TABLE IF NOT EXISTS requests (
     request_hash TEXT PRIMARY KEY, body TEXT NOT NULL, deadline INTEGER NOT NULL, created_at INTEGER NOT NULL,
     paid_node TEXT);
 CREATE TABLE IF NOT EXISTS attempts (
     request_hash TEXT NOT NULL REFERENCES requests, node TEXT NOT NULL, url TEXT NOT NULL, state TEXT NOT NULL,
-    max_fee TEXT NOT NULL, prepaid INTEGER NOT NULL DEFAULT 0, receipt TEXT, signature TEXT, receipt_hash TEXT,
-    from_cum TEXT, to_cum TEXT, fee TEXT, vouched INTEGER NOT NULL DEFAULT 0, reason TEXT NOT NULL DEFAULT '',
-    PRIMARY KEY (request_hash, node));
-CREATE INDEX IF NOT EXISTS attempts_by_state ON attempts (node, state, vouched);
+    max_fee TEXT NOT NULL, prepaid INTEGER NOT NULL DEFAULT 0, receipt TEXT, signature TEXT,
+    settled INTEGER NOT NULL DEFAULT 0, reason TEXT NOT NULL DEFAULT '', PRIMARY KEY (request_hash, node));
+CREATE INDEX IF NOT EXISTS attempts_live ON attempts (node, settled, state);
 CREATE TABLE IF NOT EXISTS vouchers (
     id INTEGER PRIMARY KEY AUTOINCREMENT, node TEXT NOT NULL, url TEXT NOT NULL, voucher TEXT NOT NULL,
     signature TEXT NOT NULL, delivered INTEGER NOT NULL DEFAULT 0, note TEXT NOT NULL DEFAULT '');
 CREATE INDEX IF NOT EXISTS vouchers_undelivered ON vouchers (delivered, node);
 """
+# `settled` marks an attempt that needs no more work: nothing is owed, or its voucher is signed.
 
-Sign = Callable[[Voucher], bytes]
+MAX_REASON = 300
+"""Reasons may quote a node; they are cut so that a hostile one cannot fill the disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,34 +77,41 @@ class SignedVoucher:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One request at one node. `fee` is what its receipt takes, 0 where there is none."""
+    """One request at one node; amounts in wei, `receipt` None where none is held."""
 
     request_hash: bytes
     node: Address
     url: str
     state: str
     max_fee: int
-    fee: int
     deadline: int
     reason: str
+    receipt: Receipt | None
+    signature: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What stands between this key and one node, in wei. `accepted` is the sum of all checked receipts' fees."""
+    """What stands between this key and one node, in wei.
+
+    accepted: fees of all checked receipts; signed: the highest voucher; open_max: the most that open requests may cost.
+    """
 
     node: Address
     accepted: int
     signed: int
     open_max: int
-    unpaid: int
     blocked: str
+
+    def committed(self, settled: int) -> int:
+        """How much of the escrow is spoken for, given what the vault has settled."""
+        return max(self.accepted + self.open_max, self.signed, settled) - settled
 
 
 class Ledger:
     """See the module's docstring. Safe to use from several threads of one process; a second process is refused."""
 
-    def __init__(self, path: Path, payer: Address, vault: Domain) -> None:
+    def __init__(self, path: Path, payer: Address, vault: Domain, sign: Callable[[Voucher], bytes]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock_file = os.open(path.with_suffix(path.suffix + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -114,17 +123,15 @@ class Ledger:
                 hint="Stop that process, or give this one its own data directory and key.",
             ) from error
         self.payer = payer
+        self._sign_voucher = sign
         self._mutex = threading.RLock()
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         os.chmod(path, 0o600)
         self._db.row_factory = sqlite3.Row
         # FULL: a committed transaction survives power loss, which is what "written before it leaves" means.
         self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON;" + SCHEMA)
-        for name, value in (
-            ("payer", payer),
-            ("chain_id", str(vault.chain_id)),
-            ("vault", vault.verifying_contract),
-        ):
+        owner = {"payer": payer, "chain_id": str(vault.chain_id), "vault": vault.verifying_contract}
+        for name, value in owner.items():
             self._db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (name, value))
             stored = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()["value"]
             if stored != value:
@@ -139,58 +146,47 @@ class Ledger:
         self._db.close()
         os.close(self._lock_file)
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._mutex:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
-
     # --- before a request leaves -------------------------------------------------------------------------------
 
-    def open(
-        self, signed: SignedRequest, node: Address, url: str, *, available: int, settled: int, now: int
-    ) -> None:
+    def open(self, signed: SignedRequest, node: Address, url: str, *, available: int, settled: int, now: int) -> None:
         """Write down that `signed` is about to go to `node`, and reserve its maximum fee.
 
-        `available` and `settled` are the vault's figures for (payer, node). Raises InsufficientFunds if the escrow
-        that is not yet spoken for is below the maximum fee, Refused if the node is blocked or the request is paid.
+        `available` and `settled` are the vault's figures for (payer, node), `now` in Unix seconds. Raises
+        InsufficientFunds if the escrow that is not yet spoken for is below the maximum fee, Refused if the node is
+        blocked, the request is paid already, or it was tried at this node before and not refused.
         """
         request_hash = signed.request_hash.hex()
         with self._transaction() as db:
-            db.execute("INSERT OR IGNORE INTO accounts VALUES (?, ?, ?, '')", (node, str(settled), str(settled)))
-            account = self._account(db, node)
+            start = str(settled)
+            db.execute("INSERT OR IGNORE INTO accounts VALUES (?, ?, ?, ?, '')", (node, start, start, start))
+            account = self._account(node)
             if account.blocked:
                 raise Refused(f"node {node} is blocked: {account.blocked}")
             row = db.execute("SELECT paid_node FROM requests WHERE request_hash = ?", (request_hash,)).fetchone()
             if row is not None and row["paid_node"]:
                 raise Refused(f"request 0x{request_hash} is already answered and paid at {row['paid_node']}.")
-            free = available - self._committed(account, settled)
+            before = self._row(request_hash, node)
+            if before is not None and before["state"] != "refused":
+                raise Refused(f"request 0x{request_hash} was already tried at {node} ({before['state']}).")
+            free = available - account.committed(settled)
             if free < signed.max_fee():
                 raise InsufficientFunds(
                     f"the escrow with {node} has {max(free, 0)} wei free, the request may cost {signed.max_fee()}.",
                     hint="Deposit more escrow for this node, or ask for fewer tokens.",
                 )
             db.execute(
-                "INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, NULL)",
+                "INSERT INTO requests VALUES (?, ?, ?, ?, NULL) "
+                "ON CONFLICT (request_hash) DO UPDATE SET body = excluded.body",
                 (request_hash, json.dumps(signed.to_json()), signed.request.deadline, now),
             )
-            existing = db.execute(
-                "SELECT state FROM attempts WHERE request_hash = ? AND node = ?", (request_hash, node)
-            ).fetchone()
-            if existing is not None and existing["state"] not in ("open", "refused"):
-                raise Refused(f"request 0x{request_hash} was already tried at {node} ({existing['state']}).")
             db.execute(
                 "INSERT INTO attempts (request_hash, node, url, state, max_fee) VALUES (?, ?, ?, 'open', ?) "
-                "ON CONFLICT (request_hash, node) DO UPDATE SET state = 'open', url = excluded.url",
+                "ON CONFLICT (request_hash, node) DO UPDATE SET state = 'open', settled = 0, prepaid = 0, "
+                "url = excluded.url",
                 (request_hash, node, url, str(signed.max_fee())),
             )
 
-    def prepay(self, request_hash: bytes, node: Address, sign: Sign) -> SignedVoucher:
+    def prepay(self, request_hash: bytes, node: Address) -> SignedVoucher:
         """A voucher that covers all checked receipts and the open requests that prepay, this one included."""
         with self._transaction() as db:
             changed = db.execute(
@@ -199,22 +195,22 @@ class Ledger:
             ).rowcount
             if not changed:
                 raise Refused(f"request 0x{request_hash.hex()} is not open at {node}: nothing to prepay.")
-            account = self._account(db, node)
-            prepaid = self._sum(
-                db, "SELECT max_fee FROM attempts WHERE node = ? AND prepaid = 1 AND state = 'open'", (node,)
-            )
-            amount = account.accepted + prepaid
-            return self._sign(db, node, self._url(db, request_hash, node), amount, ZERO_HASH, sign)
+            rows = db.execute(
+                "SELECT url, max_fee FROM attempts WHERE node = ? AND state = 'open' AND prepaid = 1", (node,)
+            ).fetchall()
+            account = self._account(node)
+            amount = max(account.signed, account.accepted + sum(int(row["max_fee"]) for row in rows))
+            return self._voucher(node, rows[-1]["url"], amount, ZERO_HASH)
 
     # --- what became of it -------------------------------------------------------------------------------------
 
-    def refused(self, request_hash: bytes, node: Address, reason: str) -> None:
+    def refused(self, request_hash: bytes, node: Address, reason: str) -> list[SignedVoucher]:
         """The node said before the first byte that it does not take the request: nothing is owed."""
-        self._close(request_hash, node, "refused", reason)
+        return self._close(request_hash, node, "refused", reason)
 
-    def void(self, request_hash: bytes, node: Address, reason: str) -> None:
+    def void(self, request_hash: bytes, node: Address, reason: str) -> list[SignedVoucher]:
         """No receipt exists and none can come in time: nothing is owed."""
-        self._close(request_hash, node, "void", reason)
+        return self._close(request_hash, node, "void", reason)
 
     def abandon(self, request_hash: bytes, node: Address, reason: str) -> None:
         """The client gives this attempt up and may ask another node: a receipt that still turns up is not paid."""
@@ -222,90 +218,97 @@ class Ledger:
             db.execute(
                 "UPDATE attempts SET state = 'abandoned', reason = ? "
                 "WHERE request_hash = ? AND node = ? AND state = 'open'",
-                (reason[:300], request_hash.hex(), node),
+                (reason[:MAX_REASON], request_hash.hex(), node),
             )
 
-    def reject(self, request_hash: bytes, node: Address, reason: str) -> None:
-        """The node's answer broke a rule: it is not paid, and this key asks the node nothing more."""
+    def reject(
+        self, request_hash: bytes, node: Address, reason: str, receipt: Receipt | None, signature: bytes
+    ) -> None:
+        """The node's answer broke a rule: it is not paid, its receipt is kept as evidence, the node is blocked."""
         with self._transaction() as db:
             db.execute(
-                "UPDATE attempts SET state = 'bad', reason = ? WHERE request_hash = ? AND node = ? "
-                "AND state IN ('open', 'abandoned')",
-                (reason[:300], request_hash.hex(), node),
+                "UPDATE attempts SET state = 'bad', settled = 1, reason = ?, receipt = ?, signature = ? "
+                "WHERE request_hash = ? AND node = ? AND state IN ('open', 'abandoned')",
+                (
+                    reason[:MAX_REASON],
+                    json.dumps(receipt.to_json()) if receipt else None,
+                    signature.hex(),
+                    request_hash.hex(),
+                    node,
+                ),
             )
-            db.execute("UPDATE accounts SET blocked = ? WHERE node = ?", (reason[:300], node))
+            db.execute("UPDATE accounts SET blocked = ? WHERE node = ?", (reason[:MAX_REASON], node))
 
-    def unpaid(self, receipt: Receipt, signature: bytes, sign: Sign) -> list[SignedVoucher]:
-        """Keep the receipt of an abandoned attempt, or of a request that another node answered, without paying it."""
-        with self._transaction() as db:
-            return self._unpaid(db, receipt, signature, sign)
+    def accept(self, receipt: Receipt, signature: bytes) -> tuple[str, list[SignedVoucher]]:
+        """Keep a receipt whose answer was checked, and sign the vouchers that are due now. Idempotent.
 
-    def accept(self, receipt: Receipt, signature: bytes, sign: Sign) -> list[SignedVoucher]:
-        """Keep a receipt whose answer was checked, and sign the vouchers that are due now.
-
-        Idempotent. Raises BadAnswer if its interval of payer_cum overlaps that of another receipt of this node
-        (nothing is changed then), Refused if the attempt was abandoned or the request is paid elsewhere: the receipt
-        is then kept as unpaid.
+        Returns the attempt's state: "checked", or "unpaid" if the attempt was abandoned or the request is paid at
+        another node. Raises BadAnswer, and changes nothing, if the receipt contradicts another receipt of this node:
+        a second one for the request, or an interval of payer_cum that overlaps.
         """
         node, request_hash = receipt.node, receipt.request_hash.hex()
         with self._transaction() as db:
-            attempt = self._attempt(db, request_hash, node)
-            paid = attempt["paid_node"]
-            elsewhere = attempt["state"] == "abandoned" or (paid and paid != node)
-            if elsewhere:
-                self._unpaid(db, receipt, signature, sign)
-            elif attempt["state"] == "checked":
-                if attempt["receipt_hash"] != receipt.struct_hash().hex():
+            row = self._row(request_hash, node)
+            if row is None:
+                raise Refused(f"this key never sent request 0x{request_hash} to {node}.")
+            if row["state"] in ("checked", "unpaid"):
+                if Receipt.from_json(json.loads(row["receipt"])).struct_hash() != receipt.struct_hash():
                     raise BadAnswer("equivocation", f"node {node} signed two different receipts for 0x{request_hash}.")
-                return []
-            else:
-                self._store(db, receipt, signature, "checked")
+                return row["state"], []
+            if row["state"] not in ("open", "abandoned"):
+                raise Refused(f"request 0x{request_hash} is closed at {node} ({row['state']}): {row['reason']}")
+            self._check_interval(receipt)
+            paid = db.execute("SELECT paid_node FROM requests WHERE request_hash = ?", (request_hash,)).fetchone()[0]
+            state = "unpaid" if row["state"] == "abandoned" or (paid and paid != node) else "checked"
+            db.execute(
+                "UPDATE attempts SET state = ?, receipt = ?, signature = ? WHERE request_hash = ? AND node = ?",
+                (state, json.dumps(receipt.to_json()), signature.hex(), request_hash, node),
+            )
+            if state == "checked":
                 db.execute("UPDATE requests SET paid_node = ? WHERE request_hash = ?", (node, request_hash))
-                self._forget_prompt(db, request_hash)
-                return self._due(db, node, sign)
-        raise Refused(f"request 0x{request_hash} was answered elsewhere: the receipt of {node} is kept and not paid.")
+            self._forget_prompt(request_hash)
+            return state, self._due(node)
 
     # --- vouchers ----------------------------------------------------------------------------------------------
 
     def undelivered(self, node: Address | None = None) -> list[SignedVoucher]:
-        """Vouchers that no node has acknowledged, oldest first."""
+        """Vouchers that no node has acknowledged, oldest first, at most 1000."""
         where, arguments = ("AND node = ?", (node,)) if node else ("", ())
         with self._mutex:
             rows = self._db.execute(
                 f"SELECT * FROM vouchers WHERE delivered = 0 {where} ORDER BY id LIMIT 1000", arguments
             ).fetchall()
-        return [_voucher(row) for row in rows]
+        return [_signed_voucher(row) for row in rows]
 
     def delivered(self, voucher_id: int, note: str = "") -> None:
         """The node took the voucher, or refused it for good (`note` says why)."""
         with self._transaction() as db:
-            db.execute("UPDATE vouchers SET delivered = 1, note = ? WHERE id = ?", (note[:300], voucher_id))
+            db.execute("UPDATE vouchers SET delivered = 1, note = ? WHERE id = ?", (note[:MAX_REASON], voucher_id))
 
     # --- reading -----------------------------------------------------------------------------------------------
 
     def attempts(self, *states: str) -> list[Attempt]:
-        """All attempts in these states, oldest first."""
+        """All attempts in these states, oldest first, at most 10,000."""
         marks = ",".join("?" * len(states))
         with self._mutex:
             rows = self._db.execute(
-                f"SELECT a.*, r.deadline FROM attempts a JOIN requests r USING (request_hash) "
-                f"WHERE a.state IN ({marks}) ORDER BY r.created_at LIMIT 10000",
+                "SELECT a.*, r.deadline FROM attempts a JOIN requests r USING (request_hash) "
+                f"WHERE a.state IN ({marks}) ORDER BY r.created_at, r.rowid LIMIT 10000",
                 states,
             ).fetchall()
         return [_attempt(row) for row in rows]
 
-    def attempt(self, request_hash: bytes, node: Address) -> Attempt | None:
-        """One attempt, or None."""
+    def of_request(self, request_hash: bytes) -> list[Attempt]:
+        """Every attempt of one request."""
         with self._mutex:
-            row = self._db.execute(
-                "SELECT a.*, r.deadline FROM attempts a JOIN requests r USING (request_hash) "
-                "WHERE request_hash = ? AND node = ?",
-                (request_hash.hex(), node),
-            ).fetchone()
-        return None if row is None else _attempt(row)
+            rows = self._db.execute(
+                "SELECT a.*, r.deadline FROM attempts a JOIN requests r USING (request_hash) WHERE request_hash = ?",
+                (request_hash.hex(),),
+            ).fetchall()
+        return [_attempt(row) for row in rows]
 
     def body(self, request_hash: bytes) -> SignedRequest | None:
-        """The request as it was sent; its prompt ids are empty once it is settled."""
+        """The request as it was sent, its prompt ids empty once it is settled; None if it is unknown."""
         with self._mutex:
             row = self._db.execute("SELECT body FROM requests WHERE request_hash = ?", (request_hash.hex(),)).fetchone()
         if row is None:
@@ -318,165 +321,141 @@ class Ledger:
             prompt_ids=tuple(data["prompt_ids"]),
         )
 
-    def receipts(self, request_hash: bytes) -> list[tuple[str, Receipt, bytes]]:
-        """(state, receipt, signature) of every receipt that is held for a request."""
-        with self._mutex:
-            rows = self._db.execute(
-                "SELECT state, receipt, signature FROM attempts WHERE request_hash = ? AND receipt IS NOT NULL",
-                (request_hash.hex(),),
-            ).fetchall()
-        return [
-            (row["state"], Receipt.from_json(json.loads(row["receipt"])), bytes.fromhex(row["signature"]))
-            for row in rows
-        ]
-
     def account(self, node: Address) -> Account:
         """The standing with one node; zeros if there is none."""
         with self._mutex:
-            return self._account(self._db, node)
+            return self._account(node)
 
     def accounts(self) -> list[Account]:
         """The standing with every node that was ever asked."""
         with self._mutex:
             nodes = [row["node"] for row in self._db.execute("SELECT node FROM accounts ORDER BY node")]
-            return [self._account(self._db, node) for node in nodes]
-
-    def committed(self, node: Address, settled: int) -> int:
-        """How much of the escrow with `node` is spoken for, given what the vault has settled."""
-        with self._mutex:
-            return self._committed(self._account(self._db, node), settled)
+            return [self._account(node) for node in nodes]
 
     # --- inside a transaction ----------------------------------------------------------------------------------
 
-    @staticmethod
-    def _sum(db: sqlite3.Connection, query: str, arguments: tuple[Any, ...]) -> int:
-        return sum(int(row[0]) for row in db.execute(query, arguments))
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._mutex:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
 
-    def _account(self, db: sqlite3.Connection, node: Address) -> Account:
-        row = db.execute("SELECT * FROM accounts WHERE node = ?", (node,)).fetchone()
-        if row is None:
-            return Account(node, 0, 0, 0, 0, "")
-        # Totals of receipts that are vouched for live in `base`, so the sums below stay short.
-        waiting = self._sum(
-            db, "SELECT fee FROM attempts WHERE node = ? AND state = 'checked' AND vouched = 0", (node,)
-        )
-        opened = self._sum(db, "SELECT max_fee FROM attempts WHERE node = ? AND state IN ('open', 'abandoned')", (node,))
-        unpaid = self._sum(db, "SELECT fee FROM attempts WHERE node = ? AND state = 'unpaid'", (node,))
-        return Account(node, int(row["base"]) + waiting, int(row["signed"]), opened, unpaid, row["blocked"])
-
-    @staticmethod
-    def _committed(account: Account, settled: int) -> int:
-        return max(account.accepted + account.open_max, account.signed, settled) - settled
-
-    @staticmethod
-    def _attempt(db: sqlite3.Connection, request_hash: str, node: Address) -> sqlite3.Row:
-        row: sqlite3.Row | None = db.execute(
-            "SELECT a.*, r.paid_node FROM attempts a JOIN requests r USING (request_hash) "
-            "WHERE request_hash = ? AND node = ?",
-            (request_hash, node),
+    def _row(self, request_hash: str, node: Address) -> sqlite3.Row | None:
+        row: sqlite3.Row | None = self._db.execute(
+            "SELECT * FROM attempts WHERE request_hash = ? AND node = ?", (request_hash, node)
         ).fetchone()
-        if row is None:
-            raise Refused(f"this key never sent request 0x{request_hash} to {node}.")
         return row
 
-    def _url(self, db: sqlite3.Connection, request_hash: bytes, node: Address) -> str:
-        return str(self._attempt(db, request_hash.hex(), node)["url"])
+    def _account(self, node: Address) -> Account:
+        row = self._db.execute("SELECT * FROM accounts WHERE node = ?", (node,)).fetchone()
+        if row is None:
+            return Account(node, 0, 0, 0, "")
+        waiting, opened = 0, 0
+        for attempt in self._db.execute("SELECT * FROM attempts WHERE node = ? AND settled = 0", (node,)):
+            if attempt["state"] == "checked":
+                waiting += Receipt.from_json(json.loads(attempt["receipt"])).fee
+            elif attempt["state"] in ("open", "abandoned"):
+                opened += int(attempt["max_fee"])
+        return Account(node, int(row["accepted"]) + waiting, int(row["signed"]), opened, row["blocked"])
 
-    @staticmethod
-    def _store(db: sqlite3.Connection, receipt: Receipt, signature: bytes, state: str) -> None:
-        low, high = receipt.payer_cum - receipt.fee, receipt.payer_cum
-        own = receipt.request_hash.hex()
-        others = db.execute(
-            "SELECT request_hash, from_cum, to_cum FROM attempts "
-            "WHERE node = ? AND receipt IS NOT NULL AND request_hash != ? AND state IN ('checked', 'unpaid')",
-            (receipt.node, own),
+    def _unsettled_receipts(self, node: Address) -> list[tuple[Receipt, sqlite3.Row]]:
+        rows = self._db.execute(
+            "SELECT * FROM attempts WHERE node = ? AND settled = 0 AND state IN ('checked', 'unpaid')", (node,)
         )
-        for row in others:
-            if low < int(row["to_cum"]) and int(row["from_cum"]) < high:
+        receipts = [(Receipt.from_json(json.loads(row["receipt"])), row) for row in rows]
+        return sorted(receipts, key=lambda item: (item[0].payer_cum, item[0].seq))
+
+    def _check_interval(self, receipt: Receipt) -> None:
+        low, high = receipt.payer_cum - receipt.fee, receipt.payer_cum
+        row = self._db.execute("SELECT covered FROM accounts WHERE node = ?", (receipt.node,)).fetchone()
+        taken = [(0, int(row["covered"]))]
+        taken += [(other.payer_cum - other.fee, other.payer_cum) for other, _ in self._unsettled_receipts(receipt.node)]
+        for start, end in taken:
+            if low < end and start < high:
                 raise BadAnswer(
                     "payer total",
-                    f"node {receipt.node} charges payer_cum ({low}, {high}] for 0x{own}, which overlaps "
-                    f"({row['from_cum']}, {row['to_cum']}] of its receipt for 0x{row['request_hash']}.",
+                    f"node {receipt.node} charges the interval ({low}, {high}] of payer_cum for request "
+                    f"0x{receipt.request_hash.hex()}, of which ({start}, {end}] is charged already.",
                 )
-        db.execute(
-            "UPDATE attempts SET state = ?, receipt = ?, signature = ?, receipt_hash = ?, from_cum = ?, to_cum = ?, "
-            "fee = ? WHERE request_hash = ? AND node = ?",
-            (
-                state,
-                json.dumps(receipt.to_json()),
-                signature.hex(),
-                receipt.struct_hash().hex(),
-                str(low),
-                str(high),
-                str(receipt.fee),
-                own,
-                receipt.node,
-            ),
+
+    def _due(self, node: Address) -> list[SignedVoucher]:
+        """Sign for receipts in the order of payer_cum, up to the first gap that a live request may still fill."""
+        row = self._db.execute("SELECT * FROM accounts WHERE node = ?", (node,)).fetchone()
+        accepted, covered = int(row["accepted"]), int(row["covered"])
+        live = self._db.execute(
+            "SELECT 1 FROM attempts WHERE node = ? AND settled = 0 AND state IN ('open', 'abandoned')", (node,)
+        ).fetchone()
+        vouchers = []
+        for receipt, attempt in self._unsettled_receipts(node):
+            if receipt.payer_cum - receipt.fee > covered and live:
+                break
+            covered = max(covered, receipt.payer_cum)
+            if attempt["state"] == "checked" and receipt.fee:
+                accepted += receipt.fee
+                vouchers.append(self._voucher(node, attempt["url"], accepted, receipt.struct_hash()))
+            self._db.execute(
+                "UPDATE attempts SET settled = 1 WHERE request_hash = ? AND node = ?",
+                (attempt["request_hash"], node),
+            )
+        self._db.execute(
+            "UPDATE accounts SET accepted = ?, covered = ? WHERE node = ?", (str(accepted), str(covered), node)
         )
+        return vouchers
 
-    def _unpaid(
-        self, db: sqlite3.Connection, receipt: Receipt, signature: bytes, sign: Sign
-    ) -> list[SignedVoucher]:
-        if self._attempt(db, receipt.request_hash.hex(), receipt.node)["state"] not in ("open", "abandoned"):
-            return []
-        self._store(db, receipt, signature, "unpaid")
-        return self._due(db, receipt.node, sign)
+    def _voucher(self, node: Address, url: str, cumulative: int, receipt_hash: bytes) -> SignedVoucher:
+        voucher = Voucher(self.payer, node, cumulative, receipt_hash)
+        signature = self._sign_voucher(voucher)
+        row = self._db.execute("SELECT signed FROM accounts WHERE node = ?", (node,)).fetchone()
+        self._db.execute(
+            "UPDATE accounts SET signed = ? WHERE node = ?", (str(max(int(row["signed"]), cumulative)), node)
+        )
+        cursor = self._db.execute(
+            "INSERT INTO vouchers (node, url, voucher, signature) VALUES (?, ?, ?, ?)",
+            (node, url, json.dumps(voucher.to_json()), signature.hex()),
+        )
+        return SignedVoucher(int(cursor.lastrowid or 0), node, url, voucher, signature)
 
-    def _close(self, request_hash: bytes, node: Address, state: str, reason: str) -> None:
+    def _close(self, request_hash: bytes, node: Address, state: str, reason: str) -> list[SignedVoucher]:
         with self._transaction() as db:
             db.execute(
-                "UPDATE attempts SET state = ?, reason = ? WHERE request_hash = ? AND node = ? "
+                "UPDATE attempts SET state = ?, settled = 1, reason = ? WHERE request_hash = ? AND node = ? "
                 "AND state IN ('open', 'abandoned')",
-                (state, reason[:300], request_hash.hex(), node),
+                (state, reason[:MAX_REASON], request_hash.hex(), node),
             )
-            live = db.execute(
-                "SELECT 1 FROM attempts WHERE request_hash = ? AND state IN ('open', 'abandoned')",
-                (request_hash.hex(),),
-            ).fetchone()
-            if live is None and state == "void":
-                self._forget_prompt(db, request_hash.hex())
+            self._forget_prompt(request_hash.hex())
+            return self._due(node)
 
-    @staticmethod
-    def _forget_prompt(db: sqlite3.Connection, request_hash: str) -> None:
-        # A prompt is kept only as long as recovery may need it: a settled request keeps hashes and amounts alone.
-        row = db.execute("SELECT body FROM requests WHERE request_hash = ?", (request_hash,)).fetchone()
-        body = {**json.loads(row["body"]), "prompt_ids": []}
-        db.execute("UPDATE requests SET body = ? WHERE request_hash = ?", (json.dumps(body), request_hash))
-
-    def _due(self, db: sqlite3.Connection, node: Address, sign: Sign) -> list[SignedVoucher]:
-        """Sign for checked receipts in the order of payer_cum, up to the first gap that an open request may fill."""
-        rows = db.execute(
-            "SELECT * FROM attempts WHERE node = ? AND state = 'checked' AND vouched = 0", (node,)
-        ).fetchall()
-        rows.sort(key=lambda row: int(row["to_cum"]))
-        covered = [
-            (int(row["from_cum"]), int(row["to_cum"]))
-            for row in db.execute(
-                "SELECT from_cum, to_cum FROM attempts WHERE node = ? AND state IN ('checked', 'unpaid')", (node,)
-            )
-        ]
-        waiting = db.execute(
-            "SELECT 1 FROM attempts WHERE node = ? AND state IN ('open', 'abandoned')", (node,)
+    def _forget_prompt(self, request_hash: str) -> None:
+        # A prompt is kept only while recovery may need it: a settled request keeps hashes and amounts alone.
+        live = self._db.execute(
+            "SELECT 1 FROM attempts WHERE request_hash = ? AND state IN ('open', 'abandoned')", (request_hash,)
         ).fetchone()
-        starts = {low for low, high in covered if high > low}
-        ends = {high for low, high in covered if high > low}
-        first = self._first_cum(db, node)
-        signed = []
-        for row in rows:
-            low, fee = int(row["from_cum"]), int(row["fee"])
-            # A hole below this receipt: some interval starts above an end that nothing continues.
-            holes = [end for end in ({first} | ends) if end <= low and end not in starts and end != low]
-            if fee and low not in ({first} | ends):
-                holes.append(low)
-            if waiting and holes:
-                break
-            account = db.execute("SELECT base FROM accounts WHERE node = ?", (node,)).fetchone()
-            total = int(account["base"]) + fee
-            db.execute("UPDATE accounts SET base = ? WHERE node = ?", (str(total), node))
-            db.execute(
-                "UPDATE attempts SET vouched = 1 WHERE request_hash = ? AND node = ?", (row["request_hash"], node)
-            )
-            if fee:
-                receipt_hash = bytes.fromhex(row["receipt_hash"])
-                signed.append(self._sign(db, node, row["url"], total, receipt_hash, sign))
-        return signed
+        if live is None:
+            row = self._db.execute("SELECT body FROM requests WHERE request_hash = ?", (request_hash,)).fetchone()
+            body = {**json.loads(row["body"]), "prompt_ids": []}
+            self._db.execute("UPDATE requests SET body = ? WHERE request_hash = ?", (json.dumps(body), request_hash))
+
+
+def _signed_voucher(row: sqlite3.Row) -> SignedVoucher:
+    voucher = Voucher.from_json(json.loads(row["voucher"]))
+    return SignedVoucher(row["id"], Address(row["node"]), row["url"], voucher, bytes.fromhex(row["signature"]))
+
+
+def _attempt(row: sqlite3.Row) -> Attempt:
+    receipt = Receipt.from_json(json.loads(row["receipt"])) if row["receipt"] else None
+    return Attempt(
+        request_hash=bytes.fromhex(row["request_hash"]),
+        node=Address(row["node"]),
+        url=row["url"],
+        state=row["state"],
+        max_fee=int(row["max_fee"]),
+        deadline=row["deadline"],
+        reason=row["reason"],
+        receipt=receipt,
+        signature=bytes.fromhex(row["signature"] or ""),
+    )

@@ -93,7 +93,9 @@ class NodeReader:
         try:
             record = Record.from_json(body)
         except InvalidInput as error:
-            raise NodeWithholds(f"batch {batch.id}, receipt {position}: malformed transcript: {error}") from error
+            raise NodeWithholds(
+                f"batch {batch.id}, receipt {position}: malformed transcript: {error}"
+            ) from error
         return checked_record(record, receipt)
 
     def _get(self, path: str, limit: int) -> dict[str, Any]:

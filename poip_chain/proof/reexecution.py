@@ -18,9 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from poip_chain.errors import InvalidInput, Unavailable
+from poip_chain.service.engine.noise import quantise_array
 
-LOGIT_SCALE = 65536
-"""Logits are judged as integers in units of 2**-16, round half to even."""
 MAX_BATCH_TOKENS = 2048
 """Tokens in one padded forward: bounds the memory of a re-execution, about 1 MB a token at 135M parameters."""
 VLLM_PROMPT_LOGPROBS = 20
@@ -94,7 +93,7 @@ class TorchSource:
                     first = len(answers[i].prompt_ids) - 1
                     for position in range(len(answers[i].output_ids)):
                         logits = self._model.lm_head(hidden[line, first + position])
-                        yield i, position, Row(to_fixed(logits.double().numpy()))
+                        yield i, position, Row(quantise_array(logits.numpy()))
 
 
 class EngineSource:
@@ -114,8 +113,8 @@ class EngineSource:
                 if token not in listed:
                     raise Unavailable(f"{self._url} served no logprob for a token of the prompt.")
                 ids = np.array(sorted(listed), dtype=np.int64)
-                values = np.array([listed[int(k)] for k in ids])
-                yield i, position, Row(to_fixed(values), ids)
+                values = np.array([listed[int(k)] for k in ids], dtype=np.float32)
+                yield i, position, Row(quantise_array(values), ids)
 
     def _prompt_logprobs(self, ids: list[int]) -> list[ServedRow]:
         body = {
@@ -128,7 +127,7 @@ class EngineSource:
         try:
             reply = httpx.post(f"{self._url}/v1/completions", json=body, timeout=self._timeout)
             reply.raise_for_status()
-            served: list[ServedRow] = reply.json()["choices"][0]["prompt_logprobs"]
+            served: Any = reply.json()["choices"][0]["prompt_logprobs"]
         except (httpx.HTTPError, json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
             raise Unavailable(
                 f"the engine at {self._url} did not re-execute: {error!r}.",
@@ -137,11 +136,6 @@ class EngineSource:
         if not isinstance(served, list) or len(served) != len(ids):
             raise Unavailable(f"{self._url} answered for another number of tokens than it was asked for.")
         return served
-
-
-def to_fixed(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """Logits as integers in units of 2**-16, round half to even."""
-    return np.rint(logits * LOGIT_SCALE).astype(np.int64)
 
 
 def _groups(answers: Sequence[Answer]) -> Iterator[list[int]]:

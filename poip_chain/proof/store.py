@@ -280,7 +280,8 @@ class WatchtowerStore:
             if sum(int(row["bond"]) for row in standing) + bond > budget:
                 return False
             db.execute(
-                "INSERT INTO challenges(batch_id,position,bond,state) VALUES(?,?,?,'reserved')", (*key, str(bond))
+                "INSERT INTO challenges(batch_id,position,bond,state) VALUES(?,?,?,'reserved')",
+                (*key, str(bond)),
             )
             return True
 
@@ -288,7 +289,8 @@ class WatchtowerStore:
         """Drop a reservation whose transaction was never accepted."""
         with self._transaction() as db:
             db.execute(
-                "DELETE FROM challenges WHERE batch_id=? AND position=? AND state='reserved'", (batch_id, position)
+                "DELETE FROM challenges WHERE batch_id=? AND position=? AND state='reserved'",
+                (batch_id, position),
             )
 
     def open_challenge(self, batch_id: int, position: int, challenge_id: int, deadline: int) -> None:
@@ -355,7 +357,9 @@ class WatchtowerStore:
 
     # filings
 
-    def add_filing(self, key: str, batch_id: int | None, kind: str, state: str, detail: dict[str, Any]) -> bool:
+    def add_filing(
+        self, key: str, batch_id: int | None, kind: str, state: str, detail: dict[str, Any]
+    ) -> bool:
         """Record an offence to file once; False if it is known already."""
         with self._transaction() as db:
             cursor = db.execute(

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 from eth_abi.abi import encode
 from eth_hash.auto import keccak
 from eth_keys.datatypes import PrivateKey, Signature
-from eth_keys.exceptions import BadSignature, ValidationError
+from eth_keys.exceptions import BadSignature
 from eth_utils.address import is_address, to_checksum_address
+from eth_utils.exceptions import ValidationError
 
 from poip_chain.errors import InvalidInput, InvalidSignature
 from poip_chain.spec.types import Address, Hash32
@@ -61,7 +62,9 @@ class TypedStruct:
 
     def __post_init__(self) -> None:
         for name, abi_type in self.ABI.items():
-            object.__setattr__(self, name, checked(abi_type, getattr(self, name), f"{type(self).__name__}.{name}"))
+            object.__setattr__(
+                self, name, checked(abi_type, getattr(self, name), f"{type(self).__name__}.{name}")
+            )
 
     @classmethod
     def type_string(cls) -> str:

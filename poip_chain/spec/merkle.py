@@ -13,6 +13,7 @@ A proof for one leaf is the same thing with one index. `contracts/commitments/me
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from eth_hash.auto import keccak
 
@@ -80,7 +81,9 @@ def root_from_proof(
     """
     _check_indices(indices, count)
     if len(leaves) != len(indices):
-        raise InvalidInput(f"{len(leaves)} leaves for {len(indices)} indices: a proof needs one leaf per index.")
+        raise InvalidInput(
+            f"{len(leaves)} leaves for {len(indices)} indices: a proof needs one leaf per index."
+        )
     if any(len(node) != 32 for node in proof):
         raise InvalidInput("every hash of a Merkle proof must be 32 bytes.")
     nodes = [(i, leaf_hash(leaf)) for i, leaf in zip(indices, leaves, strict=True)]
@@ -123,7 +126,7 @@ def _check_indices(indices: Sequence[int], count: int) -> None:
         raise InvalidInput(f"a Merkle proof needs a tree of 1 to 2**32 leaves, not {count}.")
     if not indices:
         raise InvalidInput("a Merkle proof needs at least one index.")
-    if any(b <= a for a, b in zip(indices, indices[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(indices)):
         raise InvalidInput("the indices of a Merkle proof must strictly increase.")
     if indices[0] < 0 or indices[-1] >= count:
         raise InvalidInput(f"index {indices[-1]} is outside a tree of {count} leaves.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from eth_abi.abi import encode
@@ -148,15 +149,26 @@ class Profile:
     def __post_init__(self) -> None:
         for name in ("max_context", "vocab_size", "min_temperature_milli", "max_temperature_milli"):
             checked("uint32", getattr(self, name), f"Profile.{name}")
-        for name in ("margin_dead_zone", "margin_hard_limit", "fingerprint_dead_zone", "fingerprint_tolerance"):
+        for name in (
+            "margin_dead_zone",
+            "margin_hard_limit",
+            "fingerprint_dead_zone",
+            "fingerprint_tolerance",
+        ):
             checked("uint64", getattr(self, name), f"Profile.{name}")
         if not 0 < len(self.end_token_ids) <= MAX_END_TOKENS:
-            raise InvalidInput(f"a profile has 1 to {MAX_END_TOKENS} end token ids, not {len(self.end_token_ids)}.")
+            raise InvalidInput(
+                f"a profile has 1 to {MAX_END_TOKENS} end token ids, not {len(self.end_token_ids)}."
+            )
         if any(not 0 <= i < self.vocab_size for i in self.end_token_ids):
             raise InvalidInput("an end token id of the profile is outside its vocabulary.")
         for table in (self.margin_table, self.fingerprint_table):
-            if len(table) > MAX_TABLE_ROWS or any(b.tokens <= a.tokens for a, b in zip(table, table[1:], strict=False)):
-                raise InvalidInput(f"a score table has at most {MAX_TABLE_ROWS} rows, strictly increasing in tokens.")
+            if len(table) > MAX_TABLE_ROWS or any(
+                b.tokens <= a.tokens for a, b in pairwise(table)
+            ):
+                raise InvalidInput(
+                    f"a score table has at most {MAX_TABLE_ROWS} rows, strictly increasing in tokens."
+                )
         for text in (self.dtype, self.kv_dtype):
             if not text.isascii() or not 0 < len(text) <= 32:
                 raise InvalidInput("a profile's dtype is a short ASCII name such as 'bfloat16'.")
@@ -185,7 +197,19 @@ class Profile:
         rows = [tuple(ThresholdRow(int(t), int(x)) for t, x in v[i]) for i in (9, 12)]
         names = [bytes(v[i]).rstrip(b"\0").decode("ascii") for i in (2, 3)]
         return cls(
-            v[0], v[1], names[0], names[1], v[4], v[5], tuple(v[6]), v[7], v[8], rows[0], v[10], v[11], rows[1]
+            v[0],
+            v[1],
+            names[0],
+            names[1],
+            v[4],
+            v[5],
+            tuple(v[6]),
+            v[7],
+            v[8],
+            rows[0],
+            v[10],
+            v[11],
+            rows[1],
         )
 
     def profile_hash(self) -> Hash32:
@@ -219,12 +243,18 @@ class SamplingParams:
             raise InvalidInput(f"params.stop_token_ids holds at most {MAX_STOP_TOKENS} ids, not {len(ids)}.")
         for token_id in ids:
             checked("uint32", token_id, "params.stop_token_ids")
-        if any(b <= a for a, b in zip(ids, ids[1:], strict=False)):
+        if any(b <= a for a, b in pairwise(ids)):
             raise InvalidInput("params.stop_token_ids must strictly increase.")
 
     def values(self) -> tuple[Any, ...]:
         """The struct as the contracts take it."""
-        return (self.temperature_milli, self.top_p_milli, self.top_k, list(self.stop_token_ids), self.ignore_eos)
+        return (
+            self.temperature_milli,
+            self.top_p_milli,
+            self.top_k,
+            list(self.stop_token_ids),
+            self.ignore_eos,
+        )
 
     def params_hash(self) -> Hash32:
         """keccak(abi.encode(params))."""

@@ -71,13 +71,16 @@ class Supervisor:
                 elapsed = time.monotonic() - begin
                 code = self._running[program.name].poll()
                 if code is not None:
-                    raise Unavailable(f"{program.name} ended with code {code}.", hint=self._log_hint(program.name))
+                    raise Unavailable(
+                        f"{program.name} ended with code {code}.", hint=self._log_hint(program.name)
+                    )
                 if program.ready_url is None or _answers(program.ready_url):
                     waiting.remove(program)
                     progress(program.name, elapsed)
                 elif elapsed > program.ready_timeout:
                     raise Unavailable(
-                        f"{program.name} is not ready after {elapsed:.0f} s.", hint=self._log_hint(program.name)
+                        f"{program.name} is not ready after {elapsed:.0f} s.",
+                        hint=self._log_hint(program.name),
                     )
             if waiting:
                 time.sleep(0.3)

@@ -1,8 +1,8 @@
 """Asynchronous client of a vLLM server that runs our plugin, and the fingerprint taken from what it returns.
 
-Knows the engine's HTTP dialect; nothing of receipts, nodes or chains. It trusts the engine no further than it must: each
-streamed token is checked against the normative sampler (as far as the listed log-probabilities show), against the bounds
-of the request and against the prompt that was sent, before anybody can sign for it.
+Knows the engine's HTTP dialect; nothing of receipts, nodes or chains. It trusts the engine no further than it
+must: each streamed token is checked against the normative sampler (as far as the listed log-probabilities
+show), against the bounds of the request and against the prompt that was sent, before anybody can sign for it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from poip_chain.spec import sampler
 from poip_chain.spec.transcript import ENTRIES_PER_POSITION, FingerprintEntry
 
 TOP_LOGPROBS = 9
-"""Log-probabilities asked for per token: the eight of the fingerprint, plus one in case the chosen token is among them."""
+"""Log-probabilities asked for per token: the eight of the fingerprint, plus one in case the chosen token is
+among them."""
 MAX_EVENT_BYTES = 1 << 20
 """Bound of one server-sent event and of an error body. A normal event has about 600 bytes."""
 MAX_INFO_BYTES = 1 << 16
 SAMPLER_TOLERANCE = 1000 * 65536 // 256
-"""1/256 logit in the sampler's units: covers the float32 rounding of log-probabilities (about 1e-5), nothing else."""
+"""1/256 logit in the sampler's units: covers the float32 rounding of log-probabilities (about 1e-5), nothing
+else."""
 NATS = 64
 """Fingerprint values are in 1/64 nat."""
 
@@ -34,7 +36,9 @@ _KEY = "token_id:"
 
 
 class InputMismatch(IntegrityError):
-    """The engine refused: the prompt ids that it received are not those that the request's prompt_root commits to."""
+    """The engine refused: the prompt ids that it received are not those that the request's prompt_root
+    commits to.
+    """
 
     code = "input_mismatch"
 
@@ -43,7 +47,8 @@ class InputMismatch(IntegrityError):
 class EngineToken:
     """One streamed token.
 
-    top: (token id, log-probability) of the likeliest tokens, likeliest first; the chosen one may be among them.
+    top: (token id, log-probability) of the likeliest tokens, likeliest first; the chosen one may be among
+    them.
     finish_reason: "stop" or "length" on the last token, None before.
     """
 
@@ -70,8 +75,9 @@ class EngineInfo:
 def fingerprint_entries(token: EngineToken) -> tuple[FingerprintEntry, ...]:
     """The eight fingerprint entries of a position (protocol section 12).
 
-    Each is (token id, value): the stated log-probability minus the chosen token's in 1/64 nat (a difference of logits),
-    rounded half to even, saturated to int16; ordered by value descending, then id ascending; the chosen token excluded.
+    Each is (token id, value): the stated log-probability minus the chosen token's in 1/64 nat (a difference
+    of logits), rounded half to even, saturated to int16; ordered by value descending, then id ascending; the
+    chosen token excluded.
     Raises IntegrityError if the engine listed fewer than eight other tokens.
     """
     entries = []
@@ -88,7 +94,8 @@ def fingerprint_entries(token: EngineToken) -> tuple[FingerprintEntry, ...]:
 
 
 def sampler_margin(token: EngineToken, seed: bytes, position: int, temperature_milli: int) -> int:
-    """By how much the best listed token beats the chosen one, in the sampler's units (2**-16 / 1000 logit), >= 0.
+    """By how much the best listed token beats the chosen one, in the sampler's units (2**-16 / 1000 logit),
+    >= 0.
 
     A lower bound of the true margin: unlisted tokens could be better still.
     """
@@ -103,7 +110,8 @@ def sampler_margin(token: EngineToken, seed: bytes, position: int, temperature_m
 
 
 class EngineClient:
-    """Talks to one vLLM server. Use as an async context manager, or call `close`. Safe for concurrent requests.
+    """Talks to one vLLM server. Use as an async context manager, or call `close`. Safe for concurrent
+    requests.
 
     read_timeout_seconds bounds the wait for the next piece of a stream, queueing in the engine included.
     """
@@ -147,7 +155,9 @@ class EngineClient:
             return False
 
     async def model_info(self) -> EngineInfo:
-        """The served model's bounds. Raises Unavailable, or IntegrityError if the server does not serve `model_name`."""
+        """The served model's bounds. Raises Unavailable, or IntegrityError if the server does not serve
+        `model_name`.
+        """
         models = await self._get_json("/v1/models")
         version = await self._get_json("/version")
         listed = models.get("data")
@@ -173,13 +183,16 @@ class EngineClient:
         stop_token_ids: Collection[int] = (),
         ignore_eos: bool = False,
     ) -> AsyncIterator[EngineToken]:
-        """Stream the answer's tokens; the last one carries the finish reason. Closing the iterator aborts the request.
+        """Stream the answer's tokens; the last one carries the finish reason. Closing the iterator aborts the
+        request.
 
-        end_token_ids: the profile's EOS ids. prompt_root: as the client signed it; the engine checks its input against it.
+        end_token_ids: the profile's EOS ids. prompt_root: as the client signed it; the engine checks its
+        input against it.
 
-        Raises InvalidInput if the engine refuses the request as malformed, Unavailable if it does not answer or breaks
-        off, InputMismatch if it received another prompt, IntegrityError if what it returns contradicts the request or the
-        sampler (a server without the plugin, or with other end tokens). After an exception nothing must be signed.
+        Raises InvalidInput if the engine refuses the request as malformed, Unavailable if it does not answer
+        or breaks off, InputMismatch if it received another prompt, IntegrityError if what it returns
+        contradicts the request or the sampler (a server without the plugin, or with other end tokens). After
+        an exception nothing must be signed.
         """
         body = {
             "model": self.model_name,
@@ -191,7 +204,8 @@ class EngineClient:
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
             "ignore_eos": ignore_eos,
-            # vLLM stops at the checkpoint's own end token; the profile's ids are passed on, so that both agree.
+            # vLLM stops at the checkpoint's own end token; the profile's ids are passed on, so that both
+            # agree.
             "stop_token_ids": sorted(stop_token_ids if ignore_eos else {*stop_token_ids, *end_token_ids}),
             "vllm_xargs": {
                 "poip_seed": seed.hex(),
@@ -211,11 +225,15 @@ class EngineClient:
                 async for choice in _choices(response):
                     if "prompt_token_ids" in choice and choice["prompt_token_ids"] is not None:
                         if choice["prompt_token_ids"] != list(prompt_ids):
-                            raise InputMismatch("the engine reports another prompt than the one that was sent.")
+                            raise InputMismatch(
+                                "the engine reports another prompt than the one that was sent."
+                            )
                         prompt_seen = True
                     for token in _tokens(choice):
                         if finished or not prompt_seen or position >= max_tokens:
-                            raise IntegrityError("the engine sent more tokens than it may, or no prompt before them.")
+                            raise IntegrityError(
+                                "the engine sent more tokens than it may, or no prompt before them."
+                            )
                         _check_sampler(token, seed, position, temperature_milli)
                         position += 1
                         finished = token.finish_reason is not None
@@ -309,14 +327,24 @@ def _tokens(choice: dict[str, Any]) -> Iterator[EngineToken]:
         return
     logprobs = choice.get("logprobs")
     if not isinstance(ids, list) or not isinstance(logprobs, dict):
-        raise IntegrityError("the engine sent tokens without log-probabilities: was it started with --max-logprobs?")
+        raise IntegrityError(
+            "the engine sent tokens without log-probabilities: was it started with --max-logprobs?"
+        )
     chosen, listed = logprobs.get("token_logprobs"), logprobs.get("top_logprobs")
-    if not isinstance(chosen, list) or not isinstance(listed, list) or not len(ids) == len(chosen) == len(listed):
+    if (
+        not isinstance(chosen, list)
+        or not isinstance(listed, list)
+        or not len(ids) == len(chosen) == len(listed)
+    ):
         raise IntegrityError("the engine sent another number of log-probabilities than of tokens.")
     for i, (token_id, logprob, top) in enumerate(zip(ids, chosen, listed, strict=True)):
         if type(token_id) is not int or not 0 <= token_id < 2**32 or not isinstance(top, dict):
-            raise IntegrityError(f"the engine sent {token_id!r:.40}, which is not a token id, or no list with it.")
-        pairs = sorted(((_token_id(name), _number(value)) for name, value in top.items()), key=lambda p: (-p[1], p[0]))
+            raise IntegrityError(
+                f"the engine sent {token_id!r:.40}, which is not a token id, or no list with it."
+            )
+        pairs = sorted(
+            ((_token_id(name), _number(value)) for name, value in top.items()), key=lambda p: (-p[1], p[0])
+        )
         last = i == len(ids) - 1
         yield EngineToken(token_id, _number(logprob), tuple(pairs), finish if last else None)
 
@@ -339,7 +367,8 @@ def _check_sampler(token: EngineToken, seed: bytes, position: int, temperature_m
     if margin <= SAMPLER_TOLERANCE:
         return
     logits = margin / 65_536_000
-    # The plugin's sign of a refused request is the least likely token of all in the first place: a listed token is not it.
+    # The plugin's sign of a refused request is the least likely token of all in the first place: a listed
+    # token is not it.
     if position == 0 and all(token.logprob < logprob for i, logprob in token.top if i != token.token_id):
         raise InputMismatch(
             "the engine refused its input: the prompt ids that reached it do not hash to the request's prompt_root.",

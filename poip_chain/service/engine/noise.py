@@ -2,19 +2,20 @@
 
 Imports numpy, torch and spec only: it runs inside the engine's process. It knows nothing of requests or HTTP.
 
-How it is both exact and fast. The winner maximises S(v) = 1000 * q(v) + T * g(v), all integers, where q(v) is the float
-logit rounded to units of 2**-16 (`spec.sampler.quantise_logit`). For each row:
+How it is both exact and fast. The winner maximises S(v) = 1000 * q(v) + T * g(v), all integers, where q(v) is
+the float logit rounded to units of 2**-16 (`spec.sampler.quantise_logit`). For each row:
 
 1. B = S(b) for the token b with the largest float logit. The winner w has S(w) >= B.
-2. Pick a cut C (units of 2**-16). A token with g(v) < C can reach B only if 1000 * q(v) > B - T * C, and since
-   1000 * q(v) <= 65_536_000 * logit(v) + 500, only if logit(v) >= (B - T * C - 500) / 65_536_000. That is one comparison
-   of floats; rounding the right side down to float32 keeps it a superset.
-3. A token with g(v) >= C has, g being monotone in the hash, a hash of at least H = min {h : gumbel(h) >= C}. That is one
-   comparison of integers.
+2. Pick a cut C (units of 2**-16). A token with g(v) < C can reach B only if 1000 * q(v) > B - T * C, and
+   since 1000 * q(v) <= 65_536_000 * logit(v) + 500, only if logit(v) >= (B - T * C - 500) / 65_536_000. That
+   is one comparison of floats; rounding the right side down to float32 keeps it a superset.
+3. A token with g(v) >= C has, g being monotone in the hash, a hash of at least H = min {h : gumbel(h) >= C}.
+   That is one comparison of integers.
 
-So the tokens that pass (2) or (3) contain the winner. They are a few dozen to a few hundred of the vocabulary, and only
-they are evaluated, in integers. No logarithm is taken of anything else, and no error bound enters.
-The finaliser's last step only flips the lowest of the 32 hash bits, so (3) compares the word before it with H - 1.
+So the tokens that pass (2) or (3) contain the winner. They are a few dozen to a few hundred of the
+vocabulary, and only they are evaluated, in integers. No logarithm is taken of anything else, and no error
+bound enters. The finaliser's last step only flips the lowest of the 32 hash bits, so (3) compares the word
+before it with H - 1.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ Int64 = NDArray[np.int64]
 UInt64 = NDArray[np.uint64]
 
 CUT = 7 * 65536
-"""C above: about V * exp(-7) tokens, 45 of 49,152, pass (3) by chance; (2) admits what lies within 7 T of the best."""
+"""C above: about V * exp(-7) tokens, 45 of 49,152, pass (3) by chance; (2) admits what lies within 7 T of the
+best."""
 
 SAFE_LOGIT = 2.0**19
 """Rows whose best logit is beyond this (or not a number) take the slow path: clamping could matter there."""
@@ -94,7 +96,9 @@ def _polynomial_array(coefficients: Sequence[int], s: Int64) -> Int64:
 
 
 def uniform_bits_array(keys: UInt64, tokens: Int64) -> Int64:
-    """`spec.sampler.uniform_bits` element by element: uint64 keys, int64 token ids -> int64 values in [0, 2**32)."""
+    """`spec.sampler.uniform_bits` element by element: uint64 keys, int64 token ids -> int64 values in [0,
+    2**32).
+    """
     z = keys + (tokens.astype(np.uint64) + np.uint64(1)) * _GOLDEN
     z = (z ^ (z >> _U30)) * _MIX_1
     z = (z ^ (z >> _U27)) * _MIX_2
@@ -111,7 +115,9 @@ def quantise_array(logits: NDArray[np.float32]) -> Int64:
 
 
 class GumbelSampler:
-    """Samples rows of a batch of float32 logits by the normative rule. One per engine; holds scratch memory only."""
+    """Samples rows of a batch of float32 logits by the normative rule. One per engine; holds scratch memory
+    only.
+    """
 
     def __init__(self) -> None:
         self._steps: UInt64 = np.empty(0, np.uint64)
@@ -120,19 +126,28 @@ class GumbelSampler:
         self._device_steps: dict[torch.device, torch.Tensor] = {}
 
     def sample(
-        self, logits: torch.Tensor, rows: Sequence[int], keys: Sequence[int], temperatures_milli: Sequence[int]
+        self,
+        logits: torch.Tensor,
+        rows: Sequence[int],
+        keys: Sequence[int],
+        temperatures_milli: Sequence[int],
     ) -> list[int]:
         """The winning token id of each of `rows` (row indices of `logits`, shape [batch, vocabulary], float).
 
-        keys: `spec.sampler.position_key` of each row's next position. temperatures_milli: 0 to MAX_TEMPERATURE_MILLI.
-        `logits` is not changed. The result equals `spec.sampler.sample` over the quantised row.
+        keys: `spec.sampler.position_key` of each row's next position. temperatures_milli: 0 to
+        MAX_TEMPERATURE_MILLI. `logits` is not changed. The result equals `spec.sampler.sample` over the
+        quantised row.
         """
         if not rows:
             return []
         wide_keys = np.array(keys, dtype=np.uint64)
         temperatures = np.array(temperatures_milli, dtype=np.int64)
         on_host = logits.device.type == "cpu"
-        chosen = logits if len(rows) == logits.shape[0] and list(rows) == list(range(len(rows))) else logits[list(rows)]
+        chosen = (
+            logits
+            if len(rows) == logits.shape[0] and list(rows) == list(range(len(rows)))
+            else logits[list(rows)]
+        )
         chosen = chosen.to(torch.float32)
         if on_host:  # numpy's argmax is ten times as fast as torch's here
             peaks = chosen.numpy().argmax(axis=1)
@@ -154,7 +169,9 @@ class GumbelSampler:
         counts, tokens, values = collect(chosen, wide_keys, temperatures, floors, sane)
         per_key = np.repeat(wide_keys, counts)
         per_temperature = np.repeat(temperatures, counts)
-        scores = 1000 * quantise_array(values) + per_temperature * gumbel_array(uniform_bits_array(per_key, tokens))
+        scores = 1000 * quantise_array(values) + per_temperature * gumbel_array(
+            uniform_bits_array(per_key, tokens)
+        )
         winners: list[int] = []
         start = 0
         for count in counts.tolist():
@@ -205,7 +222,9 @@ class GumbelSampler:
         floors: NDArray[np.float32],
         sane: NDArray[np.bool_],
     ) -> tuple[Int64, Int64, NDArray[np.float32]]:
-        """The same sets by torch operations on the logits' device. Shifts of int64 are arithmetic: mask the sign bits."""
+        """The same sets by torch operations on the logits' device. Shifts of int64 are arithmetic: mask the
+        sign bits.
+        """
         device, size = logits.device, logits.shape[1]
         steps = self._device_steps.get(device)
         if steps is None or steps.shape[0] != size:

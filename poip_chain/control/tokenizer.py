@@ -1,0 +1,255 @@
+"""Text to token ids and back, with the files that a model's registered hashes name.
+
+The chat template is rendered as transformers renders it (Jinja sandbox, the same options and functions), but with fixed
+inputs: a template that asks for the date always gets TEMPLATE_DATE, so that the same messages give the same ids for
+ever and anyone can recompute a request's prompt_root. Tokenisation is the `tokenizers` library on tokenizer.json alone.
+
+transformers itself is not imported: it costs seconds, and would bring its own version of every rule. A test compares
+both. Hashing the files is model preparation's business; `load` takes the function that does it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from poip_chain.errors import IntegrityError, InvalidInput, NotFound
+from poip_chain.spec.objects import ModelSpec
+
+if TYPE_CHECKING:
+    import tokenizers
+
+TEMPLATE_DATE = datetime(2024, 7, 26)
+"""The date of every chat template: the one that Llama 3's template falls back to where no clock is given."""
+MAX_FILE_BYTES = 64 * 2**20
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+MAX_HELD_TOKENS = 16
+"""A character has at most four bytes, so more tokens than this without a whole character are no text: let them go."""
+
+Hashes = Callable[[Path], tuple[bytes, bytes]]
+"""(tokenizer_hash, chat_template_hash) of a model directory, by the rule of the model registry."""
+
+
+class Tokenizer:
+    """One model's tokenizer and chat template. Safe for many threads."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._settings = _read_json(directory / "tokenizer_config.json")
+
+    @classmethod
+    def load(cls, directory: Path, spec: ModelSpec, hashes: Hashes) -> Tokenizer:
+        """The tokenizer in `directory`, if its files are those that `spec` commits to. Raises IntegrityError if not."""
+        found = hashes(directory)
+        expected = (spec.tokenizer_hash, spec.chat_template_hash)
+        for what, ours, theirs in zip(("tokenizer", "chat template"), found, expected, strict=True):
+            if ours != theirs:
+                raise IntegrityError(
+                    f"the {what} in {directory} has hash 0x{ours.hex()}, the model registry says 0x{theirs.hex()}.",
+                    hint="Use the model directory from which the model was registered.",
+                )
+        return cls(directory)
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> tuple[int, ...]:
+        """Token ids of a conversation, up to the point where the assistant speaks. Raises InvalidInput."""
+        return self._encode(self.render_chat(messages), special=False)
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """Token ids of plain text, with whatever the tokenizer puts before a text (such as BOS)."""
+        return self._encode(text, special=True)
+
+    def render_chat(self, messages: Sequence[dict[str, Any]]) -> str:
+        """The conversation as the model's chat template writes it. Raises InvalidInput if the template refuses it."""
+        try:
+            return self._template.render(
+                messages=list(messages),
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._special_tokens,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise InvalidInput(
+                f"the model's chat template does not take these messages: {str(error)[:300]}",
+                hint="Check the roles and their order.",
+            ) from error
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def detokenizer(self) -> Detokenizer:
+        """A fresh incremental detokenizer."""
+        return Detokenizer(self.decode)
+
+    def _encode(self, text: str, *, special: bool) -> tuple[int, ...]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInput("the text holds half of a surrogate pair, which is not Unicode text.") from error
+        return tuple(self._tokenizer.encode(text, add_special_tokens=special).ids)
+
+    @cached_property
+    def _tokenizer(self) -> tokenizers.Tokenizer:
+        import tokenizers
+
+        path = self.directory / "tokenizer.json"
+        if not path.is_file():
+            raise NotFound(f"{path} does not exist.", hint="Prepare the model again with `poip model prepare`.")
+        try:
+            return tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for a malformed file
+            raise IntegrityError(f"{path} is not a tokenizer file: {error}") from error
+
+    @cached_property
+    def _special_tokens(self) -> dict[str, str]:
+        tokens = {}
+        for name in SPECIAL_TOKENS:
+            value = self._settings.get(name)
+            text = value.get("content") if isinstance(value, dict) else value
+            if isinstance(text, str):
+                tokens[name] = text
+        return tokens
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
+        return environment.from_string(self.chat_template())
+
+    def chat_template(self) -> str:
+        """The template's source: chat_template.jinja, else the `chat_template` of tokenizer_config.json."""
+        path = self.directory / "chat_template.jinja"
+        if path.is_file():
+            return _read_text(path)
+        template = self._settings.get("chat_template")
+        if isinstance(template, list):  # several named templates; the one named default is for chats
+            template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+        if not isinstance(template, str):
+            raise NotFound(
+                f"{self.directory} has no chat template.",
+                hint="Use /v1/completions, or a model made for conversations.",
+            )
+        return template
+
+
+class Detokenizer:
+    """Turns a stream of token ids into a stream of text that never shows half a character.
+
+    The pieces joined are `decode` of all ids, except that a run of more than MAX_HELD_TOKENS tokens that form no valid
+    UTF-8 is let go as it stands.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []
+        # Text depends on neighbours (leading spaces, merged bytes), so a little context is decoded again each time.
+        self._context, self._shown = 0, 0
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes, often one word, sometimes nothing."""
+        self._ids.append(token_id)
+        return self._advance(final=False)
+
+    def finish(self) -> str:
+        """What was held back."""
+        return self._advance(final=True)
+
+    def _advance(self, *, final: bool) -> str:
+        before = self._decode(self._ids[self._context : self._shown])
+        after = self._decode(self._ids[self._context :])
+        held = len(self._ids) - self._shown
+        if not final and after.endswith(REPLACEMENT) and held <= MAX_HELD_TOKENS:
+            return ""
+        if len(after) <= len(before) and not final:
+            return ""
+        self._context, self._shown = self._shown, len(self._ids)
+        return after[len(before) :]
+
+
+class StopStrings:
+    """Finds the first of some stop strings in streamed text and holds back what might still become one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """The text that may be shown. After a stop string was found: nothing more, and `found` is true."""
+        if self.found:
+            return ""
+        self._held += text
+        hits = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        if hits:
+            self.found = True
+            shown, self._held = self._held[: min(hits)], ""
+            return shown
+        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown
+
+    def finish(self) -> str:
+        """What was held back and did not become a stop string."""
+        shown, self._held = self._held, ""
+        return shown
+
+    def _overlap(self, stop: str) -> int:
+        """The longest end of the held text that is a beginning of `stop`."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}` marks the assistant's words for training; when rendering it changes nothing."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML characters, which a prompt must not.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _read_text(path: Path) -> str:
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise InvalidInput(f"{path} is larger than {MAX_FILE_BYTES} bytes.")
+    return path.read_text(encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise NotFound(f"{path} does not exist.", hint="Give the directory that `poip model prepare` wrote.")
+    try:
+        data = json.loads(_read_text(path))
+    except ValueError as error:
+        raise IntegrityError(f"{path} is not JSON: {error}") from error
+    return cast("dict[str, Any]", data) if isinstance(data, dict) else {}

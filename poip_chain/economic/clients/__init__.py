@@ -1,0 +1,1 @@
+"""Typed clients of the contracts, one file per concern."""

@@ -1,0 +1,56 @@
+"""The protocol's numbers as they stand on a chain."""
+
+from __future__ import annotations
+
+from poip_chain.chain.rpc import Call
+from poip_chain.economic.clients.base import ContractClient
+from poip_chain.economic.types import ParameterInfo
+from poip_chain.errors import InvalidInput, NotFound, TransactionFailed
+
+
+class Parameters(ContractClient):
+    """Parameters. Names are ASCII, as in docs/contracts.md."""
+
+    NAME = "Parameters"
+
+    def value(self, name: str) -> int:
+        """The current value. Raises NotFound for an unknown name."""
+        try:
+            return int(self.read("value", encode_name(name)))
+        except TransactionFailed as error:
+            raise NotFound(f"there is no parameter {name!r}.", hint="`poip params list` shows all.") from error
+
+    def value_at(self, name: str, revision: int) -> int:
+        """The value in an earlier revision, as a batch pins it."""
+        return int(self.read("value_at", encode_name(name), revision))
+
+    def revision(self) -> int:
+        """How many changes there were."""
+        return int(self.read("revision"))
+
+    def names(self) -> list[str]:
+        """All names."""
+        return [bytes(name).rstrip(b"\0").decode("ascii", "replace") for name in self.read("names")]
+
+    def describe(self, name: str) -> ParameterInfo:
+        """A parameter with its bounds. Raises NotFound for an unknown name."""
+        try:
+            value, minimum, maximum, unit = self.read("describe", encode_name(name))
+        except TransactionFailed as error:
+            raise NotFound(f"there is no parameter {name!r}.", hint="`poip params list` shows all.") from error
+        return ParameterInfo(name, int(value), int(minimum), int(maximum), str(unit))
+
+    def all(self) -> list[ParameterInfo]:
+        """Every parameter with its bounds."""
+        return [self.describe(name) for name in self.names()]
+
+    def set_value(self, name: str, value: int) -> Call:
+        """By the owner only, within the bounds."""
+        return self.call("set_value", encode_name(name), value)
+
+
+def encode_name(name: str) -> bytes:
+    """A parameter's name as the contract keeps it: ASCII, left-aligned in 32 bytes."""
+    if not name or len(name) > 32 or not name.isascii():
+        raise InvalidInput(f"a parameter's name is 1 to 32 ASCII characters, not {name[:60]!r}.")
+    return name.encode().ljust(32, b"\0")
