@@ -54,9 +54,7 @@ LOCKS = (
 def main() -> int:
     """Rewrite every lock; the exit code is 0, or that of the first uv call that failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--upgrade", action="store_true", help="take the newest versions that the .in files allow"
-    )
+    parser.add_argument("--upgrade", action="store_true", help="take the newest versions that the .in files allow")
     arguments = parser.parse_args()
     python = Path(sys.executable)
     environment = uv_environment(read_pip_settings(python))

@@ -45,9 +45,7 @@ def read_pip_settings(python: Path) -> dict[str, str]:
     return {**by_section["global"], **by_section["install"], **by_section[":env:"]}
 
 
-def uv_environment(
-    settings: Mapping[str, str], environment: Mapping[str, str] = os.environ
-) -> dict[str, str]:
+def uv_environment(settings: Mapping[str, str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment for uv: `environment`, completed by pip's `settings` where nothing was set for uv."""
     result = dict(environment)
     for name, (variable, separator) in _TRANSLATION.items():

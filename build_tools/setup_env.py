@@ -139,9 +139,7 @@ def run(what: str, command: Sequence[str], environment: Mapping[str, str], fix: 
     with heartbeat(what):
         finished = subprocess.run(command, cwd=ROOT, env=dict(environment), check=False)
     if finished.returncode:
-        raise SetupError(
-            f"Failed while {what} (exit code {finished.returncode}; its own words are above).\n{fix}"
-        )
+        raise SetupError(f"Failed while {what} (exit code {finished.returncode}; its own words are above).\n{fix}")
 
 
 def create(environment: Environment) -> None:
@@ -161,9 +159,7 @@ def install_uv(environment: Environment) -> None:
     uv = environment.path / "bin" / "uv"
     version = pinned(REQUIREMENTS / "bootstrap.lock", "uv").partition("==")[2]
     if uv.exists():
-        said = subprocess.run(
-            [str(uv), "--version"], capture_output=True, text=True, check=False
-        ).stdout.split()
+        said = subprocess.run([str(uv), "--version"], capture_output=True, text=True, check=False).stdout.split()
         if said[1:2] == [version]:
             return
     lock = str(REQUIREMENTS / "bootstrap.lock")

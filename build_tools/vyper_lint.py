@@ -137,15 +137,11 @@ def check_expressions(path: Path, module: vy_ast.Module) -> Iterator[Finding]:
     for choice in module.get_descendants(vy_ast.IfExp):
         branches = (choice.body, choice.orelse)
         if any(_reads_call_data(branch) for branch in branches):
-            yield Finding(
-                path, choice.lineno, "msg.value or msg.data in a branch of a conditional expression"
-            )
+            yield Finding(path, choice.lineno, "msg.value or msg.data in a branch of a conditional expression")
         kinds = [node._metadata.get("type") for node in (choice, *branches)]
         literals = any(branch.get_descendants(vy_ast.List, include_self=True) for branch in branches)
         if literals or any(_contains_array(kind) for kind in kinds):
-            yield Finding(
-                path, choice.lineno, "a conditional expression that yields an array; use an if statement"
-            )
+            yield Finding(path, choice.lineno, "a conditional expression that yields an array; use an if statement")
     for call in module.get_descendants(vy_ast.Call):
         if isinstance(call.func, vy_ast.Name) and call.func.id == "create_from_blueprint":
             offsets = [keyword.value for keyword in call.keywords if keyword.arg == "code_offset"]

@@ -21,8 +21,6 @@
 from ..governance import parameter_names
 from ..interfaces import IModelRegistry
 from ..interfaces import INodeRegistry
-from ..interfaces import IParameters
-from ..interfaces import IPoipToken
 from snekmate.auth import ownable
 from snekmate.auth import ownable_2step
 from snekmate.utils import eip712_domain_separator
@@ -47,8 +45,6 @@ exports: (
     eip712_domain_separator.eip712Domain,
     keys.node_of_key,
     keys.signing_key,
-    keys.rotation_count,
-    keys.rotation,
     stakes.rewards,
     stakes.total_staked,
     stakes.total_rewards,
@@ -134,14 +130,11 @@ event SurplusSwept:
 
 
 MAX_PAUSE: constant(uint256) = 14 * 86400
-MAX_PAGE: constant(uint256) = 100
 
 # The wiring word: the commitment log in bits 0..159 and whether the contract is sealed in bit 160.
 ADDRESS_MASK: constant(uint256) = 2**160 - 1
 SEALED: constant(uint256) = 2**160
 
-TOKEN: immutable(IPoipToken)
-PARAMETERS: immutable(IParameters)
 MODELS: immutable(IModelRegistry)
 
 pending_operator: public(HashMap[address, address])
@@ -165,8 +158,6 @@ def __init__(token: address, parameters: address, models: address):
     keys.__init__()
     stakes.__init__(token, parameters)
     offer_list.__init__()
-    TOKEN = IPoipToken(token)
-    PARAMETERS = IParameters(parameters)
     MODELS = IModelRegistry(models)
 
 
@@ -200,9 +191,9 @@ def seal():
     @notice End the set-up: from now on stake comes in and a new slasher waits. Owner only.
     """
     ownable._check_owner()
-    assert self._wiring != 0, "registry: not initialized"
-    assert self._wiring & SEALED == 0, "registry: already sealed"
-    self._wiring |= SEALED
+    wiring: uint256 = self._wiring
+    assert wiring != 0 and wiring & SEALED == 0, "registry: nothing to seal"
+    self._wiring = wiring | SEALED
     log Sealed()
 
 
@@ -220,8 +211,8 @@ def set_slasher(slasher: address, allowed: bool):
     if allowed:
         active_at: uint256 = block.timestamp
         if self._wiring & SEALED != 0:
-            active_at += staticcall PARAMETERS.value(parameter_names.UNBONDING_PERIOD)
-            active_at += 2 * staticcall PARAMETERS.value(parameter_names.CHALLENGE_WINDOW)
+            active_at += stakes._parameter(parameter_names.UNBONDING_PERIOD)
+            active_at += 2 * stakes._parameter(parameter_names.CHALLENGE_WINDOW)
         new_active_at = convert(active_at, uint64)
     self._slashers[slasher] = new_active_at
     log SlasherSet(slasher=slasher, old_active_at=old_active_at, new_active_at=new_active_at)
@@ -245,10 +236,10 @@ def sweep_surplus(to: address) -> uint256:
     @notice Send tokens that were transferred here by mistake, beyond all stake and rewards, to `to`. Owner only.
     """
     ownable._check_owner()
-    amount: uint256 = staticcall TOKEN.balanceOf(self) - self._held()
+    amount: uint256 = staticcall stakes.TOKEN.balanceOf(self) - self._held()
     assert amount > 0, "registry: no surplus"
     log SurplusSwept(to=to, amount=amount)
-    assert extcall TOKEN.transfer(to, amount), "registry: transfer failed"
+    stakes._pay(to, amount)
     return amount
 
 
@@ -276,11 +267,11 @@ def register(
     """
     self._check_intake()
     self._check_payout(payout)
-    assert not keys._is_bound(msg.sender), "keys: operator, node and peer key must differ"
+    keys._check_unbound(msg.sender)
     limit: uint256 = convert(deadline, uint256)
     keys._bind(node_key, node_key, keys.ROLE_NODE, msg.sender, limit, node_signature)
     keys._bind(node_key, peer_key, keys.ROLE_PEER, msg.sender, limit, peer_signature)
-    share: uint32 = convert(staticcall PARAMETERS.value(parameter_names.FIXED_SLASH_SHARE), uint32)
+    share: uint32 = convert(stakes._parameter(parameter_names.FIXED_SLASH_SHARE), uint32)
     stakes._stakes[node_key] = stakes.REGISTERED
     self._records[node_key] = Record(
         operator=msg.sender,
@@ -334,8 +325,8 @@ def accept_operator(node: address):
     """
     @notice Become the operator of a node that was offered to the caller.
     """
-    assert self.pending_operator[node] == msg.sender, "registry: caller is not the pending operator"
-    assert not keys._is_bound(msg.sender), "keys: operator, node and peer key must differ"
+    assert self.pending_operator[node] == msg.sender, "registry: not the next operator"
+    keys._check_unbound(msg.sender)
     log OperatorTransferred(node=node, old_operator=self._records[node].operator, new_operator=msg.sender)
     self.pending_operator[node] = empty(address)
     self._records[node].operator = msg.sender
@@ -350,9 +341,9 @@ def rotate_node_key(node: address, new_key: address, next_seq: uint64, deadline:
     @param signature The new key's `ProofOfPossession(operator, new_key, 1, deadline)`.
     """
     self._check_operator(node)
-    assert next_seq >= self._next_seq(node), "registry: next_seq already committed"
+    assert next_seq >= self._next_seq(node), "registry: next_seq is committed"
     keys._bind(node, new_key, keys.ROLE_NODE, msg.sender, convert(deadline, uint256), signature)
-    delay: uint256 = staticcall PARAMETERS.value(parameter_names.KEY_ROTATION_DELAY)
+    delay: uint256 = stakes._parameter(parameter_names.KEY_ROTATION_DELAY)
     keys._rotate(node, new_key, convert(next_seq, uint256), block.timestamp + delay)
 
 
@@ -363,8 +354,8 @@ def deregister(node: address):
     """
     self._check_operator(node)
     word: uint256 = stakes._stakes[node]
-    assert stakes._in_service(word), "registry: already deregistered"
-    assert stakes._locked(word) == 0, "registry: stake is locked by pending batches"
+    stakes._check_service(word)
+    assert stakes._locked(word) == 0, "registry: batches are pending"
     offer_list._remove_all(node)
     active: uint256 = stakes._active(word)
     if active > 0:
@@ -394,7 +385,7 @@ def stake_with_permit(node: address, amount: uint256, deadline: uint256, v: uint
     self._check_intake()
     # Whoever sees the permit may send it first; then it fails here, and the allowance that it gave is there all the same.
     success: bool = raw_call(
-        TOKEN.address,
+        stakes.TOKEN.address,
         abi_encode(
             msg.sender,
             self,
@@ -514,12 +505,12 @@ def set_offer(
     """
     self._check_intake()
     self._check_operator_or_key(node)
-    assert stakes._in_service(stakes._stakes[node]), "registry: node not in service"
+    stakes._check_service(stakes._stakes[node])
     assert staticcall MODELS.is_servable(model_id, profile_version), "registry: model not servable"
-    minimum: uint256 = staticcall PARAMETERS.value(parameter_names.MINIMUM_INPUT_PRICE)
-    assert convert(input_price, uint256) >= minimum, "registry: input price below minimum"
-    minimum = staticcall PARAMETERS.value(parameter_names.MINIMUM_OUTPUT_PRICE)
-    assert convert(output_price, uint256) >= minimum, "registry: output price below minimum"
+    minimum: uint256 = stakes._parameter(parameter_names.MINIMUM_INPUT_PRICE)
+    assert convert(input_price, uint256) >= minimum, "registry: input price too low"
+    minimum = stakes._parameter(parameter_names.MINIMUM_OUTPUT_PRICE)
+    assert convert(output_price, uint256) >= minimum, "registry: output price too low"
     offer_list._set(
         node,
         INodeRegistry.Offer(
@@ -557,21 +548,6 @@ def node_at(index: uint256) -> address:
     """
     assert index < self._node_count, "registry: no such index"
     return self._nodes[index]
-
-
-@external
-@view
-def nodes(start: uint256, count: uint256) -> DynArray[address, MAX_PAGE]:
-    """
-    @notice Up to `count` (at most 100) nodes from index `start` on; fewer at the end.
-    """
-    result: DynArray[address, MAX_PAGE] = []
-    end: uint256 = min(self._node_count, start + min(count, MAX_PAGE))
-    for i: uint256 in range(MAX_PAGE):
-        if start + i >= end:
-            break
-        result.append(self._nodes[start + i])
-    return result
 
 
 @external
@@ -680,27 +656,27 @@ def _check_payout(payout: address):
 @internal
 @view
 def _check_operator(node: address):
-    assert msg.sender == self._records[node].operator, "registry: caller is not the operator"
+    assert msg.sender == self._records[node].operator, "registry: not the operator"
 
 
 @internal
 @view
 def _check_operator_or_key(node: address):
     if msg.sender != self._records[node].operator:
-        assert msg.sender == self._committer(node), "registry: caller is neither operator nor node key"
+        assert msg.sender == self._committer(node), "registry: not operator or node k"
 
 
 @internal
 @view
 def _check_log():
-    assert msg.sender == self._log_address(), "registry: caller is not the log"
+    assert msg.sender == self._log_address(), "registry: not the log"
 
 
 @internal
 @view
 def _check_slasher():
     active_at: uint64 = self._slashers[msg.sender]
-    assert active_at != 0, "registry: caller is not a slasher"
+    assert active_at != 0, "registry: not a slasher"
     assert block.timestamp >= convert(active_at, uint256), "registry: slasher not active yet"
 
 

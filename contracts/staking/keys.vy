@@ -72,26 +72,6 @@ def signing_key(node: address, seq: uint64) -> address:
     return self._signing_key(node, convert(seq, uint256))
 
 
-@external
-@view
-def rotation_count(node: address) -> uint256:
-    """
-    @notice How often `node` has rotated its key, 64 times at most.
-    """
-    return self._bindings[node] >> ROTATIONS_SHIFT
-
-
-@external
-@view
-def rotation(node: address, number: uint256) -> (address, uint64, uint64):
-    """
-    @notice (key, first seq, when it takes effect) of rotation 1, 2, ... of `node`.
-    """
-    assert 0 < number and number <= self._bindings[node] >> ROTATIONS_SHIFT, "keys: no such rotation"
-    word: uint256 = self._rotations[node][number]
-    return self._key(word), convert((word >> SEQ_SHIFT) & SEQ_MASK, uint64), convert(word >> TIME_SHIFT, uint64)
-
-
 @internal
 @view
 def _node_of_key(key: address) -> address:
@@ -103,8 +83,8 @@ def _node_of_key(key: address) -> address:
 
 @internal
 @view
-def _is_bound(key: address) -> bool:
-    return self._bindings[key] != 0
+def _check_unbound(key: address):
+    assert self._bindings[key] == 0, "keys: key already bound"
 
 
 @internal
@@ -134,14 +114,13 @@ def _bind(node: address, key: address, role: uint256, operator: address, deadlin
     """
     @dev Binds `key` to `node` by the key's own signature over the operator, its role and a deadline.
     """
-    assert block.timestamp <= deadline, "keys: proof of possession expired"
-    assert key != operator, "keys: operator, node and peer key must differ"
-    assert self._bindings[key] == 0, "keys: key already bound"
-    assert len(signature) == 65, "keys: signature must have 65 bytes"
+    assert block.timestamp <= deadline, "keys: proof expired"
+    assert key != operator, "keys: operator must differ"
+    self._check_unbound(key)
     digest: bytes32 = eip712_domain_separator._hash_typed_data_v4(
         keccak256(abi_encode(PROOF_TYPE_HASH, operator, key, role, deadline))
     )
-    assert ecdsa._recover_sig(digest, signature) == key, "keys: invalid proof of possession"
+    assert ecdsa._recover_sig(digest, signature) == key, "keys: invalid proof"
     self._bindings[key] = (role << ROLE_SHIFT) | convert(node, uint256)
 
 
@@ -158,7 +137,7 @@ def _rotate(node: address, new_key: address, next_seq: uint256, active_at: uint2
         last: uint256 = self._rotations[node][count]
         old_key = self._key(last)
         assert last >> TIME_SHIFT <= block.timestamp, "keys: a rotation is pending"
-        assert (last >> SEQ_SHIFT) & SEQ_MASK <= next_seq, "keys: next_seq below the last rotation"
+        assert (last >> SEQ_SHIFT) & SEQ_MASK <= next_seq, "keys: next_seq below last"
     self._bindings[node] += 1 << ROTATIONS_SHIFT
     self._rotations[node][count + 1] = (
         (active_at << TIME_SHIFT) | (next_seq << SEQ_SHIFT) | convert(new_key, uint256)

@@ -154,7 +154,7 @@ def is_active(node: address) -> bool:
     word: uint256 = self._stakes[node]
     if not self._in_service(word) or self._jailed_until(word) != 0:
         return False
-    return self._active(word) >= staticcall PARAMETERS.value(parameter_names.MINIMUM_STAKE)
+    return self._active(word) >= self._parameter(parameter_names.MINIMUM_STAKE)
 
 
 @internal
@@ -190,8 +190,26 @@ def _in_service(word: uint256) -> bool:
 
 @internal
 @view
+def _parameter(name: bytes32) -> uint256:
+    return staticcall PARAMETERS.value(name)
+
+
+@internal
+@view
 def _unbonding(node: address) -> uint256:
     return self._unbonding_totals[node] & AMOUNT_MASK
+
+
+@internal
+@pure
+def _check_service(word: uint256):
+    assert self._in_service(word), "stakes: node not in service"
+
+
+@internal
+@view
+def _check_minimum(active: uint256):
+    assert active >= self._parameter(parameter_names.MINIMUM_STAKE), "stakes: below minimum stake"
 
 
 # In and out ------------------------------------------------------------------------------------------------------------
@@ -203,7 +221,7 @@ def _stake(node: address, account: address, amount: uint256):
     @dev Takes `amount` from `account` by its allowance. Touches neither locks nor unbondings nor the jail.
     """
     word: uint256 = self._stakes[node]
-    assert self._in_service(word), "stakes: node not in service"
+    self._check_service(word)
     assert amount > 0, "stakes: zero amount"
     active: uint256 = self._active(word) + amount
     assert active <= AMOUNT_MASK, "stakes: amount too large"
@@ -223,7 +241,7 @@ def _unbond(node: address, amount: uint256) -> uint64:
     assert amount <= self._free(word), "stakes: not enough free stake"
     count: uint256 = len(self._unbondings[node])
     assert count < MAX_UNBONDINGS, "stakes: too many unbondings"
-    withdrawable_at: uint256 = block.timestamp + staticcall PARAMETERS.value(parameter_names.UNBONDING_PERIOD)
+    withdrawable_at: uint256 = block.timestamp + self._parameter(parameter_names.UNBONDING_PERIOD)
     if count > 0:
         withdrawable_at = max(withdrawable_at, (self._unbondings[node][count - 1] >> TIME_SHIFT) & MASK_64)
     totals: uint256 = self._unbonding_totals[node]
@@ -240,7 +258,7 @@ def _unbond(node: address, amount: uint256) -> uint64:
 @internal
 def _cancel_unbond(node: address, id: uint64):
     word: uint256 = self._stakes[node]
-    assert self._in_service(word), "stakes: node not in service"
+    self._check_service(word)
     amount: uint256 = 0
     kept: DynArray[uint256, MAX_UNBONDINGS] = []
     for entry: uint256 in self._unbondings[node]:
@@ -274,7 +292,7 @@ def _withdraw(node: address, payout: address, maximum_count: uint256) -> uint256
     self._unbonding_totals[node] -= amount
     self.total_staked -= amount
     log StakeWithdrawn(node=node, payout=payout, amount=amount)
-    assert extcall TOKEN.transfer(payout, amount), "stakes: transfer failed"
+    self._pay(payout, amount)
     return amount
 
 
@@ -285,8 +303,13 @@ def _claim_reward(account: address) -> uint256:
     self.rewards[account] = 0
     self.total_rewards -= amount
     log RewardClaimed(account=account, amount=amount)
-    assert extcall TOKEN.transfer(account, amount), "stakes: transfer failed"
+    self._pay(account, amount)
     return amount
+
+
+@internal
+def _pay(account: address, amount: uint256):
+    assert extcall TOKEN.transfer(account, amount), "stakes: transfer failed"
 
 
 # Locks -----------------------------------------------------------------------------------------------------------------
@@ -295,10 +318,10 @@ def _claim_reward(account: address) -> uint256:
 @internal
 def _lock(node: address, amount: uint256):
     word: uint256 = self._stakes[node]
-    assert self._in_service(word), "stakes: node not in service"
+    self._check_service(word)
     assert self._jailed_until(word) == 0, "stakes: node jailed"
     active: uint256 = self._active(word)
-    assert active >= staticcall PARAMETERS.value(parameter_names.MINIMUM_STAKE), "stakes: below minimum stake"
+    self._check_minimum(active)
     locked: uint256 = self._locked(word) + amount
     assert locked <= active, "stakes: not enough free stake"
     self._stakes[node] = word + (amount << LOCKED_SHIFT)
@@ -344,7 +367,7 @@ def _slash(
         self._cut_unbondings(node, taken - from_active)
     paid: uint256 = 0
     if beneficiary != empty(address):
-        paid = min(reward, taken * staticcall PARAMETERS.value(parameter_names.REWARD_SHARE) // PPM)
+        paid = min(reward, taken * self._parameter(parameter_names.REWARD_SHARE) // PPM)
     self.rewards[beneficiary] += paid
     self.total_rewards += paid
     self.total_staked -= taken
@@ -402,7 +425,7 @@ def _jail(node: address, word: uint256) -> uint256:
     """
     @dev The stake word with the jail set; a new slash never shortens an old jail.
     """
-    until: uint256 = block.timestamp + staticcall PARAMETERS.value(parameter_names.JAIL_PERIOD)
+    until: uint256 = block.timestamp + self._parameter(parameter_names.JAIL_PERIOD)
     until = max(until, self._jailed_until(word))
     log Jailed(node=node, until=convert(until, uint64))
     return (word & ~(JAIL_MASK << JAIL_SHIFT)) | (until << JAIL_SHIFT)
@@ -414,7 +437,6 @@ def _unjail(node: address):
     until: uint256 = self._jailed_until(word)
     assert until != 0, "stakes: node not jailed"
     assert block.timestamp >= until, "stakes: jail period not over"
-    minimum: uint256 = staticcall PARAMETERS.value(parameter_names.MINIMUM_STAKE)
-    assert self._active(word) >= minimum, "stakes: below minimum stake"
+    self._check_minimum(self._active(word))
     self._stakes[node] = word & ~(JAIL_MASK << JAIL_SHIFT)
     log Unjailed(node=node)

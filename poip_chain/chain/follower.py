@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -44,7 +44,7 @@ _ATTEMPTS = 5
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One decoded event. `args` holds the ABI's names; structs are tuples in the order of their fields."""
+    """One decoded event. `args` holds the ABI's names; a struct is a dict with the names of its fields, in order."""
 
     name: str
     address: Address
@@ -301,7 +301,7 @@ class Follower:
         return Event(
             name=data["event"],
             address=Address(str(log["address"])),
-            args=dict(data["args"]),
+            args=_plain(data["args"]),
             block_number=int(log["blockNumber"]),
             block_hash=Hash32(bytes(log["blockHash"])),
             transaction_hash="0x" + bytes(log["transactionHash"]).hex(),
@@ -351,6 +351,15 @@ class Follower:
                 f"the position of {self._name} belongs to another chain.",
                 hint="If the chain was made anew, delete the program's data.",
             )
+
+
+def _plain(value: Any) -> Any:
+    """web3's attribute dictionaries as plain ones."""
+    if isinstance(value, Mapping):
+        return {name: _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(entry) for entry in value)
+    return value
 
 
 def _checksummed(address: str) -> str:

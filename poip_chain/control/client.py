@@ -26,10 +26,11 @@ from poip_chain.control.checks import (
     transcript_checks,
 )
 from poip_chain.control.ledger import Attempt, Ledger, SignedVoucher
-from poip_chain.control.wire import MAX_EVENT_BYTES, MAX_MESSAGE, ServerEvent, error_body, json_object, server_events
+from poip_chain.control.wire import MAX_EVENT_BYTES, MAX_MESSAGE, ServerEvent, error_body, server_events
 from poip_chain.errors import InvalidInput, InvalidSignature, PoipError, Refused, Unavailable
 from poip_chain.spec.eip712 import Domain, TypedStruct, parse_hex
 from poip_chain.spec.objects import Profile, Receipt, Request, SamplingParams
+from poip_chain.spec.strict_json import parse_json_object
 from poip_chain.spec.transcript import Transcript
 from poip_chain.spec.types import Address
 
@@ -378,27 +379,32 @@ class NodeClient:
         self, node: Address | None = None, *, url_of: Callable[[Address], str | None] | None = None
     ) -> int:
         """Hand over vouchers that no node has acknowledged yet, in order per node. Returns how many were taken."""
+        waiting = await asyncio.to_thread(self.ledger.undelivered, node)
         taken = 0
-        unreachable: set[Address] = set()
-        for voucher in await asyncio.to_thread(self.ledger.undelivered, node):
-            if voucher.node in unreachable:
-                continue
-            async with self._deliveries[voucher.node]:
-                url = (url_of(voucher.node) if url_of else None) or voucher.url
-                try:
-                    status, payload = await self._call("POST", f"{url}/v1/vouchers", voucher.to_json())
-                except Unavailable:
-                    unreachable.add(voucher.node)
-                    continue
-                if status in (200, 204):
+        for address in dict.fromkeys(voucher.node for voucher in waiting):
+            url = url_of(address) if url_of else None
+            # One delivery at a time per node, so that the node sees them once each and in order.
+            async with self._deliveries[address]:
+                for voucher in await asyncio.to_thread(self.ledger.undelivered, address):
+                    if not await self._deliver(voucher, url or voucher.url):
+                        break
                     taken += 1
-                    await asyncio.to_thread(self.ledger.delivered, voucher.id)
-                elif 400 <= status < 500 and status not in (408, 429):
-                    note = f"refused with {status}: {str(payload)[:MAX_MESSAGE]}"
-                    await asyncio.to_thread(self.ledger.delivered, voucher.id, note)
-                else:
-                    unreachable.add(voucher.node)
         return taken
+
+    async def _deliver(self, voucher: SignedVoucher, url: str) -> bool:
+        """Whether the node took the voucher, or refused it for good."""
+        try:
+            status, payload = await self._call("POST", f"{url}/v1/vouchers", voucher.to_json())
+        except Unavailable:
+            return False
+        if status in (200, 204):
+            await asyncio.to_thread(self.ledger.delivered, voucher.id)
+            return True
+        if 400 <= status < 500 and status not in (408, 429):
+            note = f"refused with {status}: {str(payload)[:MAX_MESSAGE]}"
+            await asyncio.to_thread(self.ledger.delivered, voucher.id, note)
+            return True
+        return False
 
     async def aclose(self) -> None:
         """Wait for vouchers on their way. The ledger and the HTTP client are the caller's to close."""
@@ -433,7 +439,7 @@ async def call_json(
                 raw += chunk
                 if len(raw) > limit:
                     raise Unavailable(f"{url} sent more than {limit} bytes.")
-        return response.status_code, json_object(bytes(raw)) if raw else {}
+        return response.status_code, parse_json_object(bytes(raw)) if raw else {}
     except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, TimeoutError, InvalidInput) as error:
         raise Unavailable(f"{url} does not answer properly ({_text(error)}).") from error
 

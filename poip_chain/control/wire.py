@@ -5,12 +5,12 @@ Pure parsing over byte streams. Raises InvalidInput for anything malformed; what
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
 from poip_chain.errors import InvalidInput
+from poip_chain.spec.strict_json import parse_json_object
 
 MAX_EVENT_BYTES = 4 * 2**20
 """The node API's bound for one body or event: a receipt with the transcript of a long answer fits well."""
@@ -27,18 +27,7 @@ class ServerEvent:
 
     def json(self) -> dict[str, Any]:
         """The data as a JSON object. Raises InvalidInput."""
-        return json_object(self.data)
-
-
-def json_object(text: str | bytes) -> dict[str, Any]:
-    """A JSON object from a peer. Raises InvalidInput for anything else, numbers of absurd length included."""
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput("the peer did not send valid JSON.") from error
-    if not isinstance(data, dict):
-        raise InvalidInput(f"the peer sent a JSON {type(data).__name__} where an object belongs.")
-    return data
+        return parse_json_object(self.data)
 
 
 async def server_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[ServerEvent]:
@@ -82,7 +71,7 @@ async def server_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[ServerEve
 def error_body(raw: bytes) -> tuple[str, str]:
     """(code, message) of an OpenAI-style error body; neutral texts if it is anything else."""
     try:
-        error = json_object(raw).get("error")
+        error = parse_json_object(raw).get("error")
     except InvalidInput:
         error = None
     if not isinstance(error, dict):

@@ -10,7 +10,7 @@ from typing import Literal
 
 from poip_chain.chain.deployment import Deployment
 from poip_chain.chain.rpc import Chain
-from poip_chain.economic.clients.disputes import Availability, Offences, TranscriptOffences
+from poip_chain.economic.clients.disputes import Availability, Offences
 from poip_chain.economic.clients.log import Log
 from poip_chain.economic.clients.models import Models
 from poip_chain.economic.clients.parameters import Parameters
@@ -82,11 +82,6 @@ class Network:
     def offences(self) -> Offences:
         """Offences."""
         return Offences(self.chain, self.address(Offences.NAME))
-
-    @cached_property
-    def transcript_offences(self) -> TranscriptOffences:
-        """TranscriptOffences."""
-        return TranscriptOffences(self.chain, self.address(TranscriptOffences.NAME))
 
     @cached_property
     def availability(self) -> Availability:

@@ -1,4 +1,7 @@
-"""What the contracts return and take beside the objects of the spec. Amounts in wei of the token, times in Unix seconds."""
+"""What the contracts return and take beside the objects of the spec.
+
+Amounts in wei of the token, times in Unix seconds.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from enum import IntEnum
 from typing import Any
 
 from poip_chain.spec.objects import Batch, Receipt
-from poip_chain.spec.transcript import Transcript
 from poip_chain.spec.types import ZERO_ADDRESS, Address, Hash32
 
 
@@ -115,41 +117,3 @@ class Evidence:
     def values(self) -> tuple[Any, ...]:
         """The struct as the contracts take it; batch.id 0 means none."""
         return ((self.batch or NO_BATCH).values(), self.index, list(self.proof), self.signature)
-
-
-@dataclass(frozen=True, slots=True)
-class TranscriptRoots:
-    """What a transcript root commits to."""
-
-    request_hash: bytes
-    finish_reason: int
-    statement_hash: bytes
-    prompt_root: bytes
-    output_root: bytes
-    fingerprint_root: bytes
-
-    @classmethod
-    def of(cls, transcript: Transcript) -> TranscriptRoots:
-        """The roots of a whole transcript."""
-        from poip_chain.spec.transcript import statement_hash
-
-        prompt, output, fingerprint = transcript.part_roots()
-        return cls(
-            transcript.request_hash,
-            int(transcript.finish_reason),
-            statement_hash(transcript.engine_statement),
-            prompt,
-            output,
-            fingerprint,
-        )
-
-    def values(self) -> tuple[Any, ...]:
-        """The struct as the contracts take it."""
-        return (
-            self.request_hash,
-            self.finish_reason,
-            self.statement_hash,
-            self.prompt_root,
-            self.output_root,
-            self.fingerprint_root,
-        )

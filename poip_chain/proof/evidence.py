@@ -64,9 +64,7 @@ class Evidence:
                 raise InvalidInput(f"{path} is larger than {MAX_FILE_BYTES} bytes; it is no evidence file.")
             data = json.loads(path.read_text())
             if data["version"] != VERSION:
-                raise InvalidInput(
-                    f"{path} has version {data['version']!r}; this program reads version {VERSION}."
-                )
+                raise InvalidInput(f"{path} has version {data['version']!r}; this program reads version {VERSION}.")
             evidence = cls(
                 chain_id=int(data["chain_id"]),
                 log=str(data["log"]),
@@ -83,17 +81,13 @@ class Evidence:
         leaf = evidence.record.receipt.struct_hash()
         batch = evidence.batch
         if not verify_proof(batch.root, [leaf], [evidence.position], batch.count, evidence.receipt_proof):
-            raise InvalidInput(
-                f"{path}: the receipt is not at position {evidence.position} of batch {batch.id}."
-            )
+            raise InvalidInput(f"{path}: the receipt is not at position {evidence.position} of batch {batch.id}.")
         return evidence
 
 
 def profile_to_json(profile: Profile) -> dict[str, Any]:
     """All fields by name, tables as [tokens, limit] pairs."""
-    document: dict[str, Any] = {
-        field.name: getattr(profile, field.name) for field in dataclasses.fields(profile)
-    }
+    document: dict[str, Any] = {field.name: getattr(profile, field.name) for field in dataclasses.fields(profile)}
     for name in TABLES:
         document[name] = [[row.tokens, row.limit] for row in document[name]]
     return {**document, "end_token_ids": list(profile.end_token_ids)}

@@ -16,7 +16,8 @@ from poip_chain.errors import InvalidInput, Unavailable
 from poip_chain.spec.eip712 import parse_hex
 from poip_chain.spec.merkle import merkle_root
 from poip_chain.spec.objects import Batch, Receipt, Request, SamplingParams
-from poip_chain.spec.transcript import Transcript
+from poip_chain.spec.offences import TranscriptRoots
+from poip_chain.spec.transcript import Transcript, statement_hash
 
 MAX_RECEIPTS_BYTES = 64 * 1024 * 1024
 """65,536 receipts of about 900 bytes of JSON each."""
@@ -29,13 +30,23 @@ class NodeWithholds(Unavailable):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One audited answer with everything that its receipt commits to, roots checked."""
+    """One audited answer with everything that its receipt commits to, roots checked.
+
+    statement_hash is that of the engine statement: an answer published on chain brings the hash without the text.
+    request_signature is empty then, too: the contract does not ask for it.
+    """
 
     request: Request
     request_signature: bytes
     params: SamplingParams
     receipt: Receipt
     transcript: Transcript
+    statement_hash: bytes
+
+    def roots(self) -> TranscriptRoots:
+        """What the receipt's transcript_root commits to. Raises InvalidInput if a part cannot be hashed."""
+        header = self.transcript.request_hash, self.transcript.finish_reason, self.statement_hash
+        return TranscriptRoots(*header, *self.transcript.part_roots())
 
     def to_json(self) -> dict[str, Any]:
         """JSON form, as evidence files keep it."""
@@ -45,20 +56,28 @@ class Record:
             "params": self.params.to_json(),
             "receipt": self.receipt.to_json(),
             "transcript": self.transcript.to_json(),
+            "statement_hash": "0x" + self.statement_hash.hex(),
         }
 
     @classmethod
     def from_json(cls, data: Any) -> Record:
-        """Parse `to_json`'s form. Raises InvalidInput."""
+        """Parse `to_json`'s form, or a node's (which states no statement_hash). Raises InvalidInput."""
         fields = {"request", "request_signature", "params", "receipt", "transcript"}
         if not isinstance(data, dict) or not fields <= set(data):
             raise InvalidInput(f"a record must be a JSON object with the fields {sorted(fields)}.")
+        transcript = Transcript.from_json(data["transcript"])
+        stated = data.get("statement_hash")
         return cls(
             request=Request.from_json(data["request"]),
-            request_signature=parse_hex(data["request_signature"], "request_signature", 65),
+            request_signature=parse_hex(data["request_signature"], "request_signature"),
             params=SamplingParams.from_json(data["params"]),
             receipt=Receipt.from_json(data["receipt"]),
-            transcript=Transcript.from_json(data["transcript"]),
+            transcript=transcript,
+            statement_hash=(
+                statement_hash(transcript.engine_statement)
+                if stated is None
+                else parse_hex(stated, "statement_hash", 32)
+            ),
         )
 
 
@@ -93,9 +112,7 @@ class NodeReader:
         try:
             record = Record.from_json(body)
         except InvalidInput as error:
-            raise NodeWithholds(
-                f"batch {batch.id}, receipt {position}: malformed transcript: {error}"
-            ) from error
+            raise NodeWithholds(f"batch {batch.id}, receipt {position}: malformed transcript: {error}") from error
         return checked_record(record, receipt)
 
     def _get(self, path: str, limit: int) -> dict[str, Any]:
@@ -128,7 +145,7 @@ def checked_record(record: Record, receipt: Receipt) -> Record:
     if record.params.params_hash() != record.request.params_hash:
         raise NodeWithholds("the parameters that the node served are not those of the request.")
     try:
-        root = record.transcript.root()
+        root = record.roots().transcript_root()
     except InvalidInput as error:
         raise NodeWithholds(f"the transcript cannot be hashed: {error}") from error
     if root != receipt.transcript_root:

@@ -27,15 +27,11 @@ class WatchtowerSettings(BaseModel):
     rpc_url: str
     deployment: Path
     data: Path
-    key: Path | None = Field(
-        None, description="keystore v3 of the account that posts bonds; needed in mode defend"
-    )
+    key: Path | None = Field(None, description="keystore v3 of the account that posts bonds; needed in mode defend")
     password_file: Path | None = None
     mode: Mode = Mode.WATCH
     bond_budget: int = Field(0, ge=0, description="most that may stand in bonds at one time, wei")
-    models: list[Path] = Field(
-        default_factory=list, description="prepared model directories to re-execute with"
-    )
+    models: list[Path] = Field(default_factory=list, description="prepared model directories to re-execute with")
     engine_urls: dict[str, str] = Field(
         default_factory=dict,
         description="model id (0x-hex) -> vLLM server to re-execute with instead of torch",
@@ -43,8 +39,6 @@ class WatchtowerSettings(BaseModel):
     poll_interval: float = Field(1.0, gt=0)
     confirmations: int = Field(0, ge=0, description="blocks to wait before a batch is believed")
     node_timeout: float = Field(10.0, gt=0)
-    fetch_attempts: int = Field(
-        3, ge=1, description="tries before a node that does not serve is challenged on chain"
-    )
+    fetch_attempts: int = Field(3, ge=1, description="tries before a node that does not serve is challenged on chain")
     torch_threads: int = Field(1, ge=1)
     metrics_port: int | None = None

@@ -16,7 +16,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from poip_chain.spec.objects import Batch, Receipt
+from poip_chain.proof.publication import Answer, Chunk
+from poip_chain.spec.objects import Batch, Part, Receipt
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS batches(
@@ -27,8 +28,11 @@ CREATE TABLE IF NOT EXISTS audits(
     evidence TEXT, attempts INTEGER NOT NULL DEFAULT 0, next_try REAL NOT NULL DEFAULT 0,
     PRIMARY KEY(batch_id, position));
 CREATE TABLE IF NOT EXISTS challenges(
-    batch_id INTEGER NOT NULL, position INTEGER NOT NULL, challenge_id INTEGER, bond TEXT NOT NULL,
-    state TEXT NOT NULL, deadline INTEGER, PRIMARY KEY(batch_id, position));
+    batch_id INTEGER NOT NULL, position INTEGER NOT NULL, chunk TEXT NOT NULL, challenge_id INTEGER,
+    bond TEXT NOT NULL, state TEXT NOT NULL, deadline INTEGER, PRIMARY KEY(batch_id, position, chunk));
+CREATE TABLE IF NOT EXISTS answers(
+    batch_id INTEGER NOT NULL, position INTEGER NOT NULL, chunk TEXT NOT NULL, answer TEXT NOT NULL,
+    PRIMARY KEY(batch_id, position, chunk));
 CREATE TABLE IF NOT EXISTS observed(
     node TEXT NOT NULL, seq INTEGER NOT NULL, request_hash TEXT NOT NULL, struct_hash TEXT NOT NULL,
     receipt TEXT NOT NULL, signature TEXT, batch_id INTEGER, position INTEGER,
@@ -38,6 +42,7 @@ CREATE INDEX IF NOT EXISTS observed_request ON observed(node, request_hash);
 CREATE TABLE IF NOT EXISTS filings(
     key TEXT PRIMARY KEY, batch_id INTEGER, kind TEXT NOT NULL, state TEXT NOT NULL, detail TEXT NOT NULL);
 """
+FORGOTTEN_WITH_BATCH = (("batches", "id"), ("audits", "batch_id"), ("challenges", "batch_id"), ("answers", "batch_id"))
 
 
 class BatchState(StrEnum):
@@ -143,7 +148,7 @@ class WatchtowerStore:
 
     @staticmethod
     def _forget(db: sqlite3.Connection, batch_id: int) -> None:
-        for table, column in (("batches", "id"), ("audits", "batch_id"), ("challenges", "batch_id")):
+        for table, column in FORGOTTEN_WITH_BATCH:
             db.execute(f"DELETE FROM {table} WHERE {column}=?", (batch_id,))
         db.execute("UPDATE observed SET batch_id=NULL, position=NULL WHERE batch_id=?", (batch_id,))
 
@@ -152,12 +157,14 @@ class WatchtowerStore:
         with self._transaction() as db:
             db.execute("UPDATE batches SET status=? WHERE id=?", (status, batch_id))
 
-    def set_receipts(self, batch_id: int, receipts: list[dict[str, Any]]) -> None:
+    def set_receipts(
+        self, batch_id: int, receipts: list[dict[str, Any]], state: BatchState = BatchState.RECEIPTS
+    ) -> None:
         """Keep the batch's receipts, whose root has been checked, and index them for equivocation."""
         with self._transaction() as db:
             db.execute(
                 "UPDATE batches SET receipts=?, state=?, attempts=0, next_try=0 WHERE id=?",
-                (json.dumps(receipts), BatchState.RECEIPTS, batch_id),
+                (json.dumps(receipts), state, batch_id),
             )
             for position, entry in enumerate(receipts):
                 self._observe(db, Receipt.from_json(entry["receipt"]), entry["signature"], batch_id, position)
@@ -261,55 +268,71 @@ class WatchtowerStore:
     def set_audit_state(self, batch_id: int, position: int, state: AuditState) -> None:
         """Move an open audit between fetching and waiting for an answer on chain."""
         with self._transaction() as db:
-            db.execute(
-                "UPDATE audits SET state=? WHERE batch_id=? AND position=?", (state, batch_id, position)
-            )
+            db.execute("UPDATE audits SET state=? WHERE batch_id=? AND position=?", (state, batch_id, position))
 
     # challenges and bonds
 
-    def reserve_bond(self, batch_id: int, position: int, bond: int, budget: int) -> bool:
-        """Reserve `bond` for a challenge unless the bonds that stand would exceed `budget`. True if reserved (or it was).
+    def reserve_bond(self, batch_id: int, position: int, chunk: Chunk, bond: int, budget: int) -> bool:
+        """Reserve `bond` for a challenge unless the bonds that stand would exceed `budget`. True if reserved.
 
         The reservation is written before the transaction is sent: the budget holds over a kill in between.
         """
         with self._transaction() as db:
-            key = (batch_id, position)
-            if db.execute("SELECT 1 FROM challenges WHERE batch_id=? AND position=?", key).fetchone():
+            key = (batch_id, position, _chunk_text(chunk))
+            if db.execute("SELECT 1 FROM challenges WHERE batch_id=? AND position=? AND chunk=?", key).fetchone():
                 return True
             standing = db.execute("SELECT bond FROM challenges WHERE state IN ('reserved','open')").fetchall()
             if sum(int(row["bond"]) for row in standing) + bond > budget:
                 return False
-            db.execute(
-                "INSERT INTO challenges(batch_id,position,bond,state) VALUES(?,?,?,'reserved')",
-                (*key, str(bond)),
-            )
+            db.execute("INSERT INTO challenges VALUES(?,?,?,NULL,?,'reserved',NULL)", (*key, str(bond)))
             return True
 
-    def release_bond(self, batch_id: int, position: int) -> None:
+    def release_bond(self, batch_id: int, position: int, chunk: Chunk) -> None:
         """Drop a reservation whose transaction was never accepted."""
         with self._transaction() as db:
             db.execute(
-                "DELETE FROM challenges WHERE batch_id=? AND position=? AND state='reserved'",
-                (batch_id, position),
+                "DELETE FROM challenges WHERE batch_id=? AND position=? AND chunk=? AND state='reserved'",
+                (batch_id, position, _chunk_text(chunk)),
             )
 
-    def open_challenge(self, batch_id: int, position: int, challenge_id: int, deadline: int) -> None:
-        """Our challenge is on chain."""
+    def open_challenge(self, batch_id: int, position: int, chunk: Chunk, challenge_id: int, deadline: int) -> None:
+        """A challenge is on chain: ours, or (with no bond of ours) somebody else's."""
         with self._transaction() as db:
             db.execute(
-                "UPDATE challenges SET challenge_id=?, deadline=?, state='open' WHERE batch_id=? AND position=?"
-                " AND state IN ('reserved','open')",
-                (challenge_id, deadline, batch_id, position),
+                "INSERT INTO challenges VALUES(?,?,?,?,'0','open',?) ON CONFLICT DO UPDATE SET"
+                " challenge_id=excluded.challenge_id, state='open', deadline=excluded.deadline",
+                (batch_id, position, _chunk_text(chunk), challenge_id, deadline),
             )
 
-    def close_challenge(self, challenge_id: int, state: str) -> None:
-        """Our challenge ended: answered or convicted."""
+    def close_challenge(self, challenge_id: int, state: str) -> dict[str, Any] | None:
+        """A challenge ended: answered or resolved. Its row, None if it is not known."""
         with self._transaction() as db:
             db.execute("UPDATE challenges SET state=? WHERE challenge_id=?", (state, challenge_id))
+            row = db.execute("SELECT * FROM challenges WHERE challenge_id=?", (challenge_id,)).fetchone()
+            return None if row is None else dict(row)
 
-    def challenges(self) -> list[dict[str, Any]]:
-        """All challenges of ours."""
-        return [dict(row) for row in self._rows("SELECT * FROM challenges ORDER BY batch_id, position")]
+    def challenges(self, batch_id: int | None = None, position: int | None = None) -> list[dict[str, Any]]:
+        """All challenges, or those of one receipt."""
+        rows = self._rows(
+            "SELECT * FROM challenges WHERE (?1 IS NULL OR batch_id=?1) AND (?2 IS NULL OR position=?2)"
+            " ORDER BY batch_id, position",
+            batch_id,
+            position,
+        )
+        return [dict(row) for row in rows]
+
+    def add_answer(self, batch_id: int, position: int, chunk: str, answer: Answer) -> None:
+        """Keep what was published on chain; `chunk` as the challenge's row has it."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO answers VALUES(?,?,?,?)",
+                (batch_id, position, chunk, json.dumps(answer.to_json())),
+            )
+
+    def answers(self, batch_id: int, position: int) -> dict[Chunk, Answer]:
+        """What was published on chain of one receipt's record, by chunk."""
+        rows = self._rows("SELECT * FROM answers WHERE batch_id=? AND position=?", batch_id, position)
+        return {_parse_chunk(row["chunk"]): Answer.from_json(json.loads(row["answer"])) for row in rows}
 
     # receipts observed
 
@@ -357,9 +380,7 @@ class WatchtowerStore:
 
     # filings
 
-    def add_filing(
-        self, key: str, batch_id: int | None, kind: str, state: str, detail: dict[str, Any]
-    ) -> bool:
+    def add_filing(self, key: str, batch_id: int | None, kind: str, state: str, detail: dict[str, Any]) -> bool:
         """Record an offence to file once; False if it is known already."""
         with self._transaction() as db:
             cursor = db.execute(
@@ -379,3 +400,12 @@ class WatchtowerStore:
             {**dict(row), "detail": json.loads(row["detail"])}
             for row in self._rows("SELECT * FROM filings ORDER BY rowid")
         ]
+
+
+def _chunk_text(chunk: Chunk) -> str:
+    return f"{int(chunk[0])}:{chunk[1]}"
+
+
+def _parse_chunk(text: str) -> Chunk:
+    part, first_leaf = text.split(":")
+    return Part(int(part)), int(first_leaf)

@@ -21,20 +21,25 @@ import structlog
 from poip_chain.chain.follower import Added, Event, Follower, Removed
 from poip_chain.chain.outbox import Outbox
 from poip_chain.chain.rpc import Call, Chain
+from poip_chain.economic.clients.log import BEACON_TARGET_DISTANCE
 from poip_chain.economic.network import Network
+from poip_chain.economic.types import Evidence as ReceiptEvidence
 from poip_chain.errors import InvalidInput, NotFound, PoipError, TransactionFailed, Unavailable
-from poip_chain.proof.audit import Auditor, Finding, Outcome
+from poip_chain.proof.audit import MALFORMED, Auditor, Finding, Outcome, receipt_evidence, write_proposal
 from poip_chain.proof.fetch import NodeReader, NodeWithholds, Record
+from poip_chain.proof.publication import Answer, assemble, next_chunk, published_leaves
 from poip_chain.proof.settings import Mode, WatchtowerSettings
 from poip_chain.proof.store import AuditRow, AuditState, BatchRow, BatchState, WatchtowerStore
-from poip_chain.spec.objects import Batch, Part, Receipt, audit_indices
+from poip_chain.spec.objects import Batch, Part, Receipt, audit_selection
 from poip_chain.spec.types import Hash32
 
 log = structlog.get_logger("watchtower")
 
 RETRY_SECONDS = 2.0
-BEACON_RETRY_BLOCKS = 8000
-"""Distance of the fixed targets that follow a missed beacon block (CommitmentLog)."""
+
+
+class AuditEnded(Exception):
+    """The audit came to its verdict without re-execution."""
 
 
 @dataclass
@@ -112,23 +117,28 @@ class Watchtower:
     def _added(self, event: Event, report: Report) -> None:
         args = event.args
         if event.name == "BatchCommitted":
-            self._store.add_batch(self._network.log.batch_from_event(event))
+            self._store.add_batch(self._network.log.batch_of(args))
             report.add("batches")
         elif event.name == "BatchFinal":
             self._store.set_batch_status(args["batch_id"], "final")
         elif event.name == "BatchConvicted":
             self._store.set_batch_status(args["batch_id"], "convicted")
         elif event.name == "Challenged":
-            if self._outbox is not None and args["challenger"] == self._outbox.address:
-                self._store.open_challenge(
-                    args["batch_id"], args["index"], args["challenge_id"], args["deadline"]
-                )
+            chunk = Part(args["part"]), int(args["first_leaf"])
+            self._store.open_challenge(args["batch_id"], args["index"], chunk, args["id"], args["deadline"])
         elif event.name == "Answered":
-            self._store.close_challenge(args["challenge_id"], "answered")
-            self._store.set_audit_state(args["batch_id"], args["index"], AuditState.FETCH)
+            row = self._store.close_challenge(args["id"], "answered")
+            if row is not None:
+                proof = self._network.availability.receipt_proof_of_answer(event.transaction_hash)
+                self._store.add_answer(row["batch_id"], row["position"], row["chunk"], Answer.from_event(args, proof))
+                self._store.set_audit_state(row["batch_id"], row["position"], AuditState.FETCH)
             report.add("answers")
-        elif event.name == "ChallengeResolved":
-            self._store.close_challenge(args["challenge_id"], "resolved")
+        elif event.name == "Resolved":
+            row = self._store.close_challenge(args["id"], "resolved")
+            if row is not None and args["convicted"]:
+                self._store.finish_audit(
+                    row["batch_id"], row["position"], "withheld", {"reason": "not answered in time"}, None
+                )
 
     def _removed(self, event: Event) -> None:
         if event.name == "BatchCommitted":
@@ -152,14 +162,14 @@ class Watchtower:
             report.add("withheld")
 
     def _node(self, batch: Batch) -> NodeReader:
-        endpoint = self._network.registry.node_info(batch.node).endpoint
+        endpoint = self._network.registry.info(batch.node).endpoint
         return self._reader(endpoint, self._settings.node_timeout)
 
     def _take_receipts(self, row: BatchRow, now: int, report: Report) -> None:
         try:
             entries = self._node(row.batch).receipts(row.batch)
         except NodeWithholds:
-            # Receipts that nobody can read still have positions: the selection and the challenges need nothing else.
+            # Receipts that nobody can read still have positions, and a challenge needs no more than that.
             if row.attempts + 1 >= self._settings.fetch_attempts:
                 self._select(row, now, report)
             raise
@@ -172,7 +182,8 @@ class Watchtower:
         beacon = self._beacon(row.batch)
         if beacon is None:
             return
-        positions = audit_indices(beacon, row.batch.id, row.batch.count, row.batch.audit_rate_ppm)
+        draws = audit_selection(beacon, row.batch.id, row.batch.count, row.batch.audit_rate_ppm)
+        positions = sorted(set(draws))
         self._store.set_selected(row.batch.id, beacon, positions)
         log.info("selected", batch=row.batch.id, node=row.batch.node, positions=positions)
         report.add("selected")
@@ -180,7 +191,7 @@ class Watchtower:
     def _beacon(self, batch: Batch) -> Hash32 | None:
         """The mixHash that selects, from the contract if submitted, else from the chain; None while it is not there."""
         submitted = self._network.log.beacon_of(batch)
-        if submitted != bytes(32):
+        if submitted is not None:
             return submitted
         target = self._target_block(batch)
         if self._chain.block_number() < target + self._settings.confirmations:
@@ -191,14 +202,14 @@ class Watchtower:
         delay = self._network.parameters.value_at("beacon_delay", batch.parameters_version)
         target = batch.block_number + delay
         head = self._chain.block_number()
-        while head - target > BEACON_RETRY_BLOCKS:
-            target += BEACON_RETRY_BLOCKS
+        while head - target > BEACON_TARGET_DISTANCE:
+            target += BEACON_TARGET_DISTANCE
         return target
 
     # audits
 
     def _audit(self, now: int, report: Report) -> None:
-        fetched: list[tuple[BatchRow, AuditRow, Record]] = []
+        fetched: list[tuple[BatchRow, AuditRow, ReceiptEvidence, Record]] = []
         for audit in self._store.audits(AuditState.FETCH):
             row = self._store.batch(audit.batch_id)
             if row is None or audit.next_try > now or row.status == "removed":
@@ -207,39 +218,55 @@ class Watchtower:
                 self._store.finish_audit(audit.batch_id, audit.position, "missed", {"status": row.status}, None)
                 continue
             try:
-                fetched.append((row, audit, self._record(row, audit)))
+                found = self._published(row, audit, report) or self._served(row, audit)
+            except AuditEnded:
+                continue
             except NodeWithholds as error:
                 self._not_served(row, audit, now, str(error), report)
-        for (row, audit, record), outcome in zip(
-            fetched, self._auditor.audit([(row.batch, record) for row, _, record in fetched]), strict=True
-        ):
-            self._judged(row, audit, record, outcome, report)
+                continue
+            fetched.append((row, audit, *found))
+        outcomes = self._auditor.audit([(place, record) for _, _, place, record in fetched])
+        for (row, audit, place, record), outcome in zip(fetched, outcomes, strict=True):
+            path = self._evidence_path(row.batch, audit.position)
+            self._auditor.write_evidence(path, place, record, outcome)
+            self._judged(row.batch, audit.position, outcome, path, report)
         for row in self._store.batches(BatchState.SELECTED):
             if all(audit.state is AuditState.DONE for audit in self._store.audits(batch_id=row.batch.id)):
                 self._store.finish_batch(row.batch.id)
 
-    def _record(self, row: BatchRow, audit: AuditRow) -> Record:
-        if row.receipts is None:
+    def _served(self, row: BatchRow, audit: AuditRow) -> tuple[ReceiptEvidence, Record]:
+        """The record as the node serves it. Raises NodeWithholds."""
+        entries = row.receipts
+        if entries is None:
             entries = self._node(row.batch).receipts(row.batch)
-            self._store.set_receipts(row.batch.id, entries)
-            self._store.set_selected(row.batch.id, row.beacon or bytes(32), [])
-        else:
-            entries = row.receipts
-        receipt = Receipt.from_json(entries[audit.position]["receipt"])
-        return self._node(row.batch).record(row.batch, audit.position, receipt)
+            self._store.set_receipts(row.batch.id, entries, BatchState.SELECTED)
+        receipts = [Receipt.from_json(entry["receipt"]) for entry in entries]
+        record = self._node(row.batch).record(row.batch, audit.position, receipts[audit.position])
+        return receipt_evidence(row.batch, audit.position, receipts), record
 
-    def _judged(self, row: BatchRow, audit: AuditRow, record: Record, outcome: Outcome, report: Report) -> None:
-        path = self._auditor.write_evidence(
-            self._evidence_path(row.batch, audit.position), row.batch, audit.position, row.receipts, record, outcome
-        )
-        self._store.finish_audit(row.batch.id, audit.position, outcome.verdict, outcome.to_json(), path)
-        log.info(
-            "verdict", batch=row.batch.id, position=audit.position, node=row.batch.node, verdict=outcome.verdict,
-            evidence=str(path),
-        )  # fmt: skip
+    def _published(self, row: BatchRow, audit: AuditRow, report: Report) -> tuple[ReceiptEvidence, Record] | None:
+        """The record as challenges brought it onto the chain, None while something is missing.
+
+        Leaves that show a fault end the audit here, as the node's own words.
+        """
+        answers = self._store.answers(audit.batch_id, audit.position)
+        if not answers or next_chunk(answers) is not None:
+            return None
+        known = next(iter(answers.values()))
+        place = ReceiptEvidence(batch=row.batch, index=audit.position, proof=known.receipt_proof)
+        findings = self._auditor.published_findings(place, known, published_leaves(answers))
+        if findings:
+            outcome = Outcome(MALFORMED, findings=tuple(findings))
+            self._judged(row.batch, audit.position, outcome, None, report)
+            raise AuditEnded
+        return place, assemble(answers)
+
+    def _judged(self, batch: Batch, position: int, outcome: Outcome, evidence: Path | None, report: Report) -> None:
+        self._store.finish_audit(batch.id, position, outcome.verdict, outcome.to_json(), evidence)
+        log.info("verdict", batch=batch.id, position=position, node=batch.node, verdict=outcome.verdict)
         report.add(f"verdict_{outcome.verdict}")
         for finding in outcome.findings:
-            self._found(row.batch, finding, report)
+            self._found(batch, finding, report)
 
     def _evidence_path(self, batch: Batch, position: int) -> Path:
         return self._settings.data / "evidence" / f"batch-{batch.id}-receipt-{position}.json"
@@ -251,38 +278,44 @@ class Watchtower:
         report.add("withheld")
         if audit.attempts + 1 < self._settings.fetch_attempts:
             return
+        chunk = next_chunk(self._store.answers(audit.batch_id, audit.position))
+        known = self._store.challenges(audit.batch_id, audit.position)
+        if chunk is None or any(c["state"] == "open" for c in known):
+            return
         log.warning("withheld", batch=audit.batch_id, position=audit.position, node=row.batch.node, reason=reason)
-        call = self._network.availability.challenge(row.batch, audit.position, Part.OUTPUT, 0)
-        key = f"challenge:{row.batch.id}:{row.batch.root.hex()[:16]}:{audit.position}"
+        draws = audit_selection(row.beacon or bytes(32), row.batch.id, row.batch.count, row.batch.audit_rate_ppm)
+        call = self._network.availability.challenge(row.batch, draws.index(audit.position), *chunk)
+        where = f"{row.batch.id}:{row.batch.root.hex()[:16]}:{audit.position}:{int(chunk[0])}:{chunk[1]}"
         if self._settings.mode is not Mode.DEFEND or self._outbox is None:
-            self._propose(key, row.batch.id, "challenge", call, {"position": audit.position, "reason": reason})
+            detail = {"position": audit.position, "reason": reason}
+            self._propose(f"challenge:{where}", row.batch.id, "challenge", call, detail)
             return
         bond = self._network.parameters.value_at("availability_bond", row.batch.parameters_version)
-        if not self._store.reserve_bond(row.batch.id, audit.position, bond, self._settings.bond_budget):
+        if not self._store.reserve_bond(row.batch.id, audit.position, chunk, bond, self._settings.bond_budget):
             log.warning("bond budget exhausted", batch=row.batch.id, position=audit.position, bond=bond)
             report.add("over_budget")
             return
         try:
             self._submit_beacon(row.batch)
             self._approve(bond)
-            self._outbox.execute(call, key)
+            self._outbox.execute(call, f"challenge:{where}")
         except TransactionFailed as error:
-            # Somebody else's challenge of the same receipt serves as well as ours; anything else is tried again.
+            # Somebody else's challenge of the same leaves serves as well as ours; anything else is tried again.
             log.warning("challenge refused", batch=row.batch.id, position=audit.position, reason=str(error))
-            self._store.release_bond(row.batch.id, audit.position)
+            self._store.release_bond(row.batch.id, audit.position, chunk)
             return
         self._store.set_audit_state(row.batch.id, audit.position, AuditState.CHALLENGED)
         report.add("challenged")
 
     def _submit_beacon(self, batch: Batch) -> None:
         assert self._outbox is not None
-        if self._network.log.beacon_of(batch) == bytes(32):
+        if self._network.log.beacon_of(batch) is None:
             target = self._target_block(batch)
             header = self._chain.raw_header(target)
             try:
                 self._outbox.execute(self._network.log.submit_beacon(header), f"beacon:{target}:{batch.id}")
             except TransactionFailed:
-                if self._network.log.beacon_of(batch) == bytes(32):
+                if self._network.log.beacon_of(batch) is None:
                     raise
 
     def _approve(self, bond: int) -> None:
@@ -295,25 +328,31 @@ class Watchtower:
             self._outbox.execute(self._network.token.approve(availability, total), f"approve:{availability}:{number}")
 
     def _challenges(self, now: int, report: Report) -> None:
-        """Resolve our challenges that were not answered in time. The chain pays the bond back with the conviction."""
-        if self._outbox is None:
+        """Resolve challenges that were not answered in time, anybody's: the event then closes them."""
+        if self._outbox is None or self._settings.mode is not Mode.DEFEND:
             return
-        for row in self._store.challenges():
-            if row["state"] != "open" or row["deadline"] is None or now <= row["deadline"]:
+        for challenge in self._store.challenges():
+            row = self._store.batch(challenge["batch_id"])
+            if challenge["state"] != "open" or now <= challenge["deadline"] or row is None:
                 continue
-            challenge = row["challenge_id"]
+            number = challenge["challenge_id"]
             try:
-                self._outbox.execute(self._network.availability.resolve(challenge), f"resolve:{challenge}")
+                self._outbox.execute(self._network.availability.resolve(number, row.batch), f"resolve:{number}")
                 report.add("resolved")
             except TransactionFailed as error:
-                # Answered or resolved by somebody meanwhile: the event that says so closes it.
-                log.info("resolve refused", challenge=challenge, reason=str(error))
-                continue
-            self._store.close_challenge(challenge, "resolved")
-            self._finish_withheld(row["batch_id"], row["position"])
+                # Answered at the last moment, or resolved by somebody else: the next round reads which.
+                log.info("resolve refused", challenge=number, reason=str(error))
+        self._claim()
 
-    def _finish_withheld(self, batch_id: int, position: int) -> None:
-        self._store.finish_audit(batch_id, position, "withheld", {"reason": "not answered in time"}, None)
+    def _claim(self) -> None:
+        """Fetch bonds and rewards that the contracts hold for us."""
+        assert self._outbox is not None
+        owed = self._network.availability.claimable(self._outbox.address)
+        if owed:
+            self._outbox.execute(self._network.availability.claim(), f"claim:{self._chain.block_number()}")
+        reward = self._network.registry.rewards(self._outbox.address)
+        if reward:
+            self._outbox.execute(self._network.registry.claim_reward(), f"reward:{self._chain.block_number()}")
 
     # offences
 
@@ -353,7 +392,7 @@ class Watchtower:
             return
         log.warning("offence" if call is None else "proposed", kind=kind, **detail)
         if self._settings.mode is Mode.PROPOSE and call is not None:
-            self._auditor.write_proposal(self._settings.data / "proposals", key, kind, call, detail)
+            write_proposal(self._settings.data / "proposals", Finding(key, kind, call, detail))
 
     def observe(self, receipt: Receipt, signature: bytes) -> None:
         """Take in a receipt that a client holds, to be compared with all others of its node.

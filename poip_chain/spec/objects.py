@@ -433,15 +433,20 @@ class Batch(TypedStruct):
     window_end: int
 
 
-def audit_indices(beacon: bytes, batch_id: int, count: int, rate_ppm: int) -> list[int]:
-    """The receipts of a batch that the beacon selects: index_j = keccak(beacon || batch_id || j) mod count.
+def audit_selection(beacon: bytes, batch_id: int, count: int, rate_ppm: int) -> list[int]:
+    """The receipts of a batch that the beacon selects, one per draw: keccak(beacon || batch_id || j) mod count.
 
-    j runs over ceil(rate * count) draws (protocol section 5); batch_id and j are uint256. Draws may repeat; the result is
-    sorted and distinct. count >= 1, 0 < rate_ppm <= 10**6.
+    j runs over ceil(rate * count) draws (protocol section 5); batch_id and j are uint256. Draws may repeat.
+    count >= 1, 0 < rate_ppm <= 10**6.
     """
     draws = audit_draws(count, rate_ppm)
     words = (keccak(beacon + batch_id.to_bytes(32, "big") + j.to_bytes(32, "big")) for j in range(draws))
-    return sorted({int.from_bytes(word, "big") % count for word in words})
+    return [int.from_bytes(word, "big") % count for word in words]
+
+
+def audit_indices(beacon: bytes, batch_id: int, count: int, rate_ppm: int) -> list[int]:
+    """The distinct receipts that `audit_selection` draws, in order."""
+    return sorted(set(audit_selection(beacon, batch_id, count, rate_ppm)))
 
 
 def audit_draws(count: int, rate_ppm: int) -> int:
@@ -476,6 +481,7 @@ __all__ = [
     "Voucher",
     "audit_draws",
     "audit_indices",
+    "audit_selection",
     "client_seed_from_integer",
     "client_seed_from_nonces",
     "parse_hex",

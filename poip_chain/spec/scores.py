@@ -128,9 +128,7 @@ def check_entries(entries: Sequence[FingerprintEntry], chosen: int, vocab_size: 
         raise InvalidInput("a fingerprint position has no entries.")
     for token, value in entries:
         if not 0 <= token < vocab_size or token == chosen or not VALUE_MIN <= value <= VALUE_MAX:
-            raise InvalidInput(
-                f"fingerprint entry ({token}, {value}) is out of range or names the chosen token."
-            )
+            raise InvalidInput(f"fingerprint entry ({token}, {value}) is out of range or names the chosen token.")
     if len({token for token, _ in entries}) != len(entries):
         raise InvalidInput("a fingerprint position names a token twice.")
     order = [(-value, token) for token, value in entries]

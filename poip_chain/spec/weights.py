@@ -1,21 +1,21 @@
 """Canonical integer weights and the tree whose root names them (canonical arithmetic version 1, "Weights").
 
-A model's float weights become rows of int16 with one power-of-two exponent a row; the rows of all tensors, in one fixed
-order, are the leaves of one position-indexed Merkle tree: `weights_root`.
+A model's float weights become rows of int16 with one power-of-two exponent a row; the rows of all tensors, in one
+fixed order, are the leaves of one position-indexed Merkle tree: `weights_root`.
 
     row            e = floor(log2 max|w|) - 14;  W = round-half-even(w * 2**-e), so that w is about W * 2**e.
                    If a |W| would exceed 32,640, e is one larger. (bf16 weights never do; the bound keeps sums of
                    products inside 53 bits.) A row of zeros has e = 0.
-    segment        256 bytes of a row: 128 columns of int16, little-endian (64 of int32 for RoPE); the last one is shorter
+    segment        256 bytes of a row: 128 columns of int16, little-endian (64 of int32 for RoPE); the last may be shorter
     row's leaf     int16 e, little-endian || Merkle root of the row's segments: 34 bytes
     weights_root   Merkle root of all rows' leaves, in the order of `tensor_plan`
 
 Segments let a contract open 128 columns of a row instead of all of them. All leaf counts follow from the model's
 dimensions, so an index says which row of which tensor it is, and nobody can relabel a leaf.
 
-Norm gains, biases and QK-norm gains are rows of their own, with one exponent each. RoPE tables are rows of int32 with the
-exponent -30, one per position: head_dim/2 cosines, then as many sines, each rounded to the nearest multiple of 2**-30
-from the exact value (`rope_row`): no machine's libm takes part.
+Norm gains, biases and QK-norm gains are rows of their own, with one exponent each. RoPE tables are rows of int32 with
+the exponent -30, one per position: head_dim/2 cosines, then as many sines, each rounded to the nearest multiple of
+2**-30 from the exact value (`rope_rows`): no machine's libm takes part.
 
 Slow on purpose. The fast twin is service/engine/fast_weights.py.
 """
@@ -50,7 +50,7 @@ Row = Sequence[float]
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """One tensor in the tree. `source` is its name in the checkpoint; empty for RoPE tables, which no checkpoint has."""
+    """One tensor in the tree. `source` is its name in the checkpoint, empty for the RoPE tables."""
 
     name: str
     source: str
@@ -59,7 +59,9 @@ class TensorPlan:
 
 
 def tensor_plan(config: ModelConfig) -> list[TensorPlan]:
-    """All tensors of a model in the order of the tree. Vectors are one row. Optional ones appear if the config has them."""
+    """All tensors of a model in the order of the tree. Vectors are one row. Optional ones appear if the config has
+    them.
+    """
     hidden, head = config.hidden_size, config.head_dim
     queries, keys = config.num_heads * head, config.num_kv_heads * head
     plan = [TensorPlan("embed", "model.embed_tokens.weight", config.vocab_size, hidden)]
@@ -165,8 +167,8 @@ def row_index(config: ModelConfig, name: str, row: int) -> int:
 def rope_rows(config: ModelConfig) -> Iterator[list[int]]:
     """The RoPE tables, one row per position from 0: head_dim/2 cosines, then sines, in units of 2**-30.
 
-    Frequency i is rope_theta ** (-2 i / head_dim). Position p turns by p times that angle: each position is one rotation
-    after the one before, in fixed point of 160 bits, so the rounding to 30 bits is that of the exact value.
+    Frequency i is rope_theta ** (-2 i / head_dim). Position p turns by p times that angle: each position is one
+    rotation after the one before, in fixed point of 160 bits, so the rounding to 30 bits is that of the exact value.
     """
     half = config.head_dim // 2
     steps = [_cos_sin(_angle(config.rope_theta, 2 * i, config.head_dim)) for i in range(half)]
@@ -181,7 +183,7 @@ def rope_rows(config: ModelConfig) -> Iterator[list[int]]:
 
 
 def _angle(theta: int, numerator: int, denominator: int) -> int:
-    """theta ** (-numerator / denominator) in units of 2**-160. Decimal's ln and exp are correctly rounded everywhere."""
+    """theta ** (-numerator / denominator) in units of 2**-160. Decimal's ln and exp are correctly rounded."""
     power = _DECIMAL.divide(Decimal(-numerator), Decimal(denominator))
     value = _DECIMAL.exp(_DECIMAL.multiply(power, _DECIMAL.ln(Decimal(theta))))
     return int(_DECIMAL.to_integral_value(_DECIMAL.multiply(value, Decimal(1 << _ROPE_BITS))))

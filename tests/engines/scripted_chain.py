@@ -42,8 +42,8 @@ class ScriptedChain:
     """See the module's docstring. `down` makes every call fail as an RPC does that went away."""
 
     chain_id: int = CHAIN_ID
-    log_domain: Domain = Domain(CHAIN_ID, LOG)
-    vault_domain: Domain = Domain(CHAIN_ID, VAULT)
+    log_domain: Domain = field(default_factory=lambda: Domain(CHAIN_ID, LOG))
+    vault_domain: Domain = field(default_factory=lambda: Domain(CHAIN_ID, VAULT))
     registry_address: Address = REGISTRY
     now: int = 1_800_000_000
     down: bool = False

@@ -81,20 +81,14 @@ def test_imports_point_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sources("poip_chain", "workers"), ids=name_of)
 def test_nobody_imports_ape(path: Path) -> None:
-    assert not [
-        name for name in imported_names(path.read_text()) if name.split(".")[0] in {"ape", "ape_vyper"}
-    ]
+    assert not [name for name in imported_names(path.read_text()) if name.split(".")[0] in {"ape", "ape_vyper"}]
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in sources("poip_chain") if path.name == "__init__.py"], ids=name_of
-)
+@pytest.mark.parametrize("path", [path for path in sources("poip_chain") if path.name == "__init__.py"], ids=name_of)
 def test_package_files_are_empty(path: Path) -> None:
     body = ast.parse(path.read_text()).body
     # The top one may say what the package is and which version.
-    extra = [
-        node for node in body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
-    ]
+    extra = [node for node in body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
     names = [ast.unparse(node).split(" = ")[0] for node in extra]
     assert names in ([], ["__version__"]) if path.parent == PACKAGE else path.read_text().strip() == ""
 

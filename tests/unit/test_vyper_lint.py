@@ -47,9 +47,7 @@ def choose(which: bool) -> uint256:
 def function(body: str) -> str:
     """A payable external function with NatSpec around the given statements."""
     lines = "".join(f"    {line}\n" for line in body.splitlines())
-    return (
-        f'@external\n@payable\ndef act(which: bool) -> uint256:\n    """\n    @notice Acts.\n    """\n{lines}'
-    )
+    return f'@external\n@payable\ndef act(which: bool) -> uint256:\n    """\n    @notice Acts.\n    """\n{lines}'
 
 
 def messages(folder: Path, name: str, content: str | bytes) -> list[str]:
@@ -188,9 +186,7 @@ def test_size_budget(tmp_path: Path) -> None:
 
 def test_broken_source_is_a_finding_not_a_crash(tmp_path: Path) -> None:
     assert messages(tmp_path, "Sample.vy", HEADING + "def (")[0].startswith("does not parse")
-    assert messages(tmp_path, "Sample.vy", HEADING + function("return nothing"))[0].startswith(
-        "does not compile"
-    )
+    assert messages(tmp_path, "Sample.vy", HEADING + function("return nothing"))[0].startswith("does not compile")
 
 
 def test_command_fails_on_findings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,7 +71,7 @@ class DevnetConfig:
             raise ConfigurationError(
                 f"backend {self.backend!r} does not exist.", hint="Choose 'embedded' or 'anvil'."
             )
-        if not Mnemonic("english").is_mnemonic_valid(self.mnemonic):
+        if not Mnemonic().is_mnemonic_valid(self.mnemonic):
             raise ConfigurationError("the mnemonic is no valid BIP-39 phrase of English words.")
 
 

@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 
 from eth.abc import SignedTransactionAPI
 
+from poip_chain.chain.devnet.errors import TransactionRejected
+
 MAX_TRANSACTIONS = 50_000
 MAX_TRANSACTIONS_PER_SENDER = 2_000
 REPLACEMENT_PERCENT = 10
-
-
-class PoolRefusal(Exception):
-    """A transaction that the pool does not take; the text is for the sender."""
 
 
 @dataclass(slots=True)
@@ -51,10 +49,10 @@ class TransactionPool:
     def add(self, transaction: SignedTransactionAPI) -> None:
         """Take a transaction, in place of one with the same nonce if both its fees are at least 10 % higher.
 
-        Raises PoolRefusal if it is known, pays too little to replace, or does not fit in.
+        Raises TransactionRejected if it is known, pays too little to replace, or does not fit in.
         """
         if transaction.hash in self._by_hash:
-            raise PoolRefusal("already known")
+            raise TransactionRejected("already known")
         queue = self._by_sender.get(transaction.sender, {})
         old = queue.get(transaction.nonce)
         if old is not None:
@@ -63,15 +61,15 @@ class TransactionPool:
                 (transaction.max_priority_fee_per_gas, old.max_priority_fee_per_gas),
             ):
                 if new_fee * 100 < old_fee * (100 + REPLACEMENT_PERCENT):
-                    raise PoolRefusal(
+                    raise TransactionRejected(
                         f"replacement transaction underpriced: both fees must rise by {REPLACEMENT_PERCENT} %, "
                         f"{new_fee} wei follows {old_fee} wei"
                     )
             self.remove(old)
         elif len(queue) >= MAX_TRANSACTIONS_PER_SENDER:
-            raise PoolRefusal(f"the sender has {len(queue)} waiting transactions already")
+            raise TransactionRejected(f"the sender has {len(queue)} waiting transactions already")
         elif len(self) >= MAX_TRANSACTIONS:
-            raise PoolRefusal(f"the pool is full with {len(self)} transactions")
+            raise TransactionRejected(f"the pool is full with {len(self)} transactions")
         self._by_sender.setdefault(transaction.sender, {})[transaction.nonce] = transaction
         self._by_hash[transaction.hash] = transaction
         self._arrival[transaction.hash] = next(self._counter)

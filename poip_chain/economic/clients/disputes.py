@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from web3.exceptions import Web3Exception
+
 from poip_chain.chain.rpc import Call
 from poip_chain.economic.clients.base import ContractClient
-from poip_chain.economic.types import Evidence, TranscriptRoots
+from poip_chain.economic.types import Evidence
 from poip_chain.spec.objects import Batch, Part, Receipt, Request, SamplingParams
+from poip_chain.spec.offences import TranscriptRoots
 from poip_chain.spec.types import Address
 
 NO_LEAF = 255
@@ -15,7 +18,7 @@ NO_LEAF = 255
 
 
 class Offences(ContractClient):
-    """Offences: equivocation and malformed receipts."""
+    """Offences: equivocation, malformed receipts and transcripts."""
 
     NAME = "Offences"
 
@@ -30,12 +33,6 @@ class Offences(ContractClient):
     def prove_sequence(self, a: Receipt, a_evidence: Evidence, b: Receipt, b_evidence: Evidence) -> Call:
         """Two receipts of a node, `a` before `b` (or the same one twice), whose numbers do not add up."""
         return self.call("prove_sequence", a.values(), a_evidence.values(), b.values(), b_evidence.values())
-
-
-class TranscriptOffences(ContractClient):
-    """TranscriptOffences: malformed transcripts, one leaf at a time."""
-
-    NAME = "TranscriptOffences"
 
     def prove_transcript(
         self,
@@ -69,9 +66,26 @@ class Availability(ContractClient):
 
     NAME = "Availability"
 
+    def challenge_info(self, challenge_id: int) -> ChallengeInfo:
+        """A challenge; `status` is 0 for an unknown one."""
+        return ChallengeInfo(*self.read("challenge_info", challenge_id))
+
+    def demand_info(self, demand_id: int) -> DemandInfo:
+        """A demand to commit; `status` is 0 for an unknown one."""
+        return DemandInfo(*self.read("demand_info", demand_id))
+
     def claimable(self, account: Address) -> int:
         """What an account may claim, wei."""
         return int(self.read("credits", account))
+
+    def receipt_proof_of_answer(self, transaction_hash: str) -> tuple[bytes, ...]:
+        """The receipt's Merkle proof in an answer's calldata; empty if the answer came through another contract."""
+        transaction = self.chain.request("eth_getTransactionByHash", transaction_hash)
+        try:
+            function, arguments = self.contract.decode_function_input(transaction["input"])
+        except (ValueError, TypeError, KeyError, Web3Exception):
+            return ()
+        return tuple(bytes(node) for node in arguments["receipt_proof"]) if function.fn_name == "answer" else ()
 
     def challenge(self, batch: Batch, draw: int, part: Part, first_leaf: int) -> Call:
         """Ask for at most 8 leaves of the receipt that the audit's draw selects; the sender posts the bond."""

@@ -68,8 +68,8 @@ class Log(ContractClient):
         return bool(self.read("is_selected", batch.values(), index))
 
     def batch_of(self, event_args: dict[str, Any]) -> Batch:
-        """The batch that a BatchCommitted event carries."""
-        return Batch(*event_args["batch"])
+        """The batch that a BatchCommitted event carries (`Event.args` of a Follower)."""
+        return Batch(**event_args["batch"])
 
     def find(self, batch_id: int, from_block: int) -> tuple[Batch, str] | None:
         """A batch and its locator by id, from its event at or after `from_block`."""
@@ -96,7 +96,7 @@ class Log(ContractClient):
                     "address": self.contract.address,
                     "fromBlock": first,
                     "toBlock": end,
-                    "topics": ["0x" + event_abi_to_log_topic(decoder.abi).hex(), *topics],  # type: ignore[list-item]
+                    "topics": ["0x" + event_abi_to_log_topic(decoder.abi).hex(), *topics],
                 }
             )
             found += [dict(decoder.process_log(log)["args"]) for log in logs]

@@ -80,9 +80,7 @@ class Registry(ContractClient):
         peer_signature: bytes,
     ) -> Call:
         """By the operator; the signatures are ProofOfPossession by the node key and the peer key."""
-        return self.call(
-            "register", node_key, payout, peer_key, endpoint, deadline, node_signature, peer_signature
-        )
+        return self.call("register", node_key, payout, peer_key, endpoint, deadline, node_signature, peer_signature)
 
     def set_endpoint(self, node: Address, endpoint: str) -> Call:
         """By the operator."""
@@ -99,6 +97,10 @@ class Registry(ContractClient):
     def stake(self, node: Address, amount: int) -> Call:
         """Add stake; the sender must have approved the registry."""
         return self.call("stake", node, amount)
+
+    def stake_with_permit(self, node: Address, amount: int, deadline: int, v: int, r: bytes, s: bytes) -> Call:
+        """Add stake with the sender's permit for the registry, in one transaction."""
+        return self.call("stake_with_permit", node, amount, deadline, v, r, s)
 
     def unbond(self, node: Address, amount: int) -> Call:
         """Start to take free stake out; by the operator."""

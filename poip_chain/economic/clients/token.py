@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from eth_abi.abi import encode
+from eth_hash.auto import keccak
+
+from poip_chain.chain.keys import Key
 from poip_chain.chain.rpc import Call
 from poip_chain.economic.clients.base import ContractClient
 from poip_chain.spec.types import Address
+
+_PERMIT_TYPE = b"Permit(address owner,address spender,uint256 value,uint256 nonce,uint256 deadline)"
 
 
 class Token(ContractClient):
@@ -23,6 +29,17 @@ class Token(ContractClient):
     def total_supply(self) -> int:
         """All tokens in existence."""
         return int(self.read("totalSupply"))
+
+    def permit(self, key: Key, spender: Address, amount: int, deadline: int) -> tuple[int, bytes, bytes]:
+        """The owner's ERC-2612 signature (v, r, s) that lets `spender` take `amount` until `deadline` (Unix seconds)."""
+        nonce = int(self.read("nonces", key.address))
+        struct = encode(
+            ["bytes32", "address", "address", "uint256", "uint256", "uint256"],
+            [keccak(_PERMIT_TYPE), key.address, spender, amount, nonce, deadline],
+        )
+        digest = keccak(b"\x19\x01" + bytes(self.read("DOMAIN_SEPARATOR")) + keccak(struct))
+        signature = key.private_key.sign_msg_hash(digest)
+        return 27 + signature.v, signature.r.to_bytes(32, "big"), signature.s.to_bytes(32, "big")
 
     def transfer(self, receiver: Address, amount: int) -> Call:
         """Send tokens."""

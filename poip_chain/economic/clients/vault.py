@@ -50,6 +50,10 @@ class Vault(ContractClient):
         """Add to a payer's escrow; the sender must have approved the vault."""
         return self.call("deposit", payer, node, amount)
 
+    def deposit_with_permit(self, node: Address, amount: int, deadline: int, v: int, r: bytes, s: bytes) -> Call:
+        """Add to the sender's own escrow with its permit for the vault, in one transaction."""
+        return self.call("deposit_with_permit", node, amount, deadline, v, r, s)
+
     def thaw(self, node: Address, amount: int) -> Call:
         """Start to take escrow out; by the payer."""
         return self.call("thaw", node, amount)

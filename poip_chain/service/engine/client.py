@@ -87,7 +87,7 @@ def fingerprint_entries(token: EngineToken) -> tuple[FingerprintEntry, ...]:
             entries.append((token_id, max(-(2**15), min(2**15 - 1, value))))
     if len(entries) < ENTRIES_PER_POSITION:
         raise IntegrityError(
-            f"the engine listed {len(entries)} tokens beside the chosen one; a fingerprint needs {ENTRIES_PER_POSITION}."
+            f"the engine listed {len(entries)} tokens beside the chosen one; {ENTRIES_PER_POSITION} are needed."
         )
     entries.sort(key=lambda entry: (-entry[1], entry[0]))
     return tuple(entries[:ENTRIES_PER_POSITION])
@@ -225,15 +225,11 @@ class EngineClient:
                 async for choice in _choices(response):
                     if "prompt_token_ids" in choice and choice["prompt_token_ids"] is not None:
                         if choice["prompt_token_ids"] != list(prompt_ids):
-                            raise InputMismatch(
-                                "the engine reports another prompt than the one that was sent."
-                            )
+                            raise InputMismatch("the engine reports another prompt than the one that was sent.")
                         prompt_seen = True
                     for token in _tokens(choice):
                         if finished or not prompt_seen or position >= max_tokens:
-                            raise IntegrityError(
-                                "the engine sent more tokens than it may, or no prompt before them."
-                            )
+                            raise IntegrityError("the engine sent more tokens than it may, or no prompt before them.")
                         _check_sampler(token, seed, position, temperature_milli)
                         position += 1
                         finished = token.finish_reason is not None
@@ -327,24 +323,14 @@ def _tokens(choice: dict[str, Any]) -> Iterator[EngineToken]:
         return
     logprobs = choice.get("logprobs")
     if not isinstance(ids, list) or not isinstance(logprobs, dict):
-        raise IntegrityError(
-            "the engine sent tokens without log-probabilities: was it started with --max-logprobs?"
-        )
+        raise IntegrityError("the engine sent tokens without log-probabilities: was it started with --max-logprobs?")
     chosen, listed = logprobs.get("token_logprobs"), logprobs.get("top_logprobs")
-    if (
-        not isinstance(chosen, list)
-        or not isinstance(listed, list)
-        or not len(ids) == len(chosen) == len(listed)
-    ):
+    if not isinstance(chosen, list) or not isinstance(listed, list) or not len(ids) == len(chosen) == len(listed):
         raise IntegrityError("the engine sent another number of log-probabilities than of tokens.")
     for i, (token_id, logprob, top) in enumerate(zip(ids, chosen, listed, strict=True)):
         if type(token_id) is not int or not 0 <= token_id < 2**32 or not isinstance(top, dict):
-            raise IntegrityError(
-                f"the engine sent {token_id!r:.40}, which is not a token id, or no list with it."
-            )
-        pairs = sorted(
-            ((_token_id(name), _number(value)) for name, value in top.items()), key=lambda p: (-p[1], p[0])
-        )
+            raise IntegrityError(f"the engine sent {token_id!r:.40}, which is not a token id, or no list with it.")
+        pairs = sorted(((_token_id(name), _number(value)) for name, value in top.items()), key=lambda p: (-p[1], p[0]))
         last = i == len(ids) - 1
         yield EngineToken(token_id, _number(logprob), tuple(pairs), finish if last else None)
 

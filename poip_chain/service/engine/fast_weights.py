@@ -20,8 +20,8 @@ Bytes = NDArray[np.uint8]
 LoadTensor = Callable[[str], NDArray[np.float32]]
 
 _RATE = 136
-_LANES = 4096
-"""Messages hashed at a time: 25 lanes of 8 bytes and as much scratch for each stay inside a core's cache."""
+_LANES = 1024
+"""Messages hashed at a time: four arrays of 25 lanes of 8 bytes each, 800 kB, stay near the core."""
 _ROWS = 4096
 """Rows quantised at a time: bounds the float64 scratch to 50 MB at 1,536 columns."""
 
@@ -35,6 +35,20 @@ _ROUND_CONSTANTS = [
 _ROTATIONS = [
     0, 1, 62, 28, 27, 36, 44, 6, 55, 20, 3, 10, 43, 25, 39, 41, 45, 15, 21, 8, 18, 2, 61, 56, 14,
 ]  # fmt: skip
+
+
+_ONE, _SIXTY_THREE = np.uint64(1), np.uint64(63)
+_LEFT, _RIGHT = np.array([4, 0, 1, 2, 3]), np.array([1, 2, 3, 4, 0])
+_TURN = np.array(_ROTATIONS, np.uint64)[:, None]
+_TURN_BACK = np.uint64(64) - _TURN
+# Lane (x, y) goes to (y, 2 x + 3 y): the row that each row of the moved state is taken from, and the rows that chi
+# wants beside it: the next lane of the plane, and the one after that.
+_MOVED = np.empty(25, np.intp)
+for _x in range(5):
+    for _y in range(5):
+        _MOVED[_y + 5 * ((2 * _x + 3 * _y) % 5)] = _x + 5 * _y
+_MOVED_NEXT = _MOVED.reshape(5, 5)[:, _RIGHT].ravel()
+_MOVED_AFTER = _MOVED.reshape(5, 5)[:, _RIGHT[_RIGHT]].ravel()
 
 
 def keccak_many(messages: Bytes) -> Bytes:
@@ -59,27 +73,23 @@ def keccak_many(messages: Bytes) -> Bytes:
 
 def _permute(state: NDArray[np.uint64]) -> None:
     """Keccak-f[1600] in place on the columns of a [25, n] array; lane (x, y) is row x + 5 y."""
-    mixed = np.empty_like(state)
-    scratch = np.empty_like(state[0])
+    planes = state.reshape(5, 5, -1)
+    rotated, scratch, third = np.empty_like(state), np.empty_like(state), np.empty_like(state)
     for constant in _ROUND_CONSTANTS:
-        columns = state[0:5] ^ state[5:10] ^ state[10:15] ^ state[15:20] ^ state[20:25]
-        for x in range(5):
-            ahead = columns[(x + 1) % 5]
-            parity = columns[(x + 4) % 5] ^ ((ahead << np.uint64(1)) | (ahead >> np.uint64(63)))
-            state[x::5] ^= parity
-        for lane, rotation in enumerate(_ROTATIONS):
-            x, y = lane % 5, lane // 5
-            target = mixed[y + 5 * ((2 * x + 3 * y) % 5)]
-            if rotation:
-                np.left_shift(state[lane], np.uint64(rotation), out=target)
-                np.right_shift(state[lane], np.uint64(64 - rotation), out=scratch)
-                target |= scratch
-            else:
-                target[:] = state[lane]
-        for x in range(5):
-            a, b = mixed[(x + 1) % 5 :: 5], mixed[(x + 2) % 5 :: 5]
-            np.bitwise_and(~a, b, out=state[x::5])
-            state[x::5] ^= mixed[x::5]
+        columns = np.bitwise_xor.reduce(planes, axis=0)
+        parity = (columns << _ONE) | (columns >> _SIXTY_THREE)
+        parity = columns[_LEFT] ^ parity[_RIGHT]
+        planes ^= parity
+        np.left_shift(state, _TURN, out=rotated)
+        np.right_shift(state, _TURN_BACK, out=scratch)
+        rotated |= scratch
+        # Lane 0 turns by 0, and a shift by 64 gives 0: so the three lines above are a rotation for it, too.
+        np.take(rotated, _MOVED_NEXT, axis=0, out=scratch, mode="clip")
+        np.take(rotated, _MOVED_AFTER, axis=0, out=third, mode="clip")
+        np.invert(scratch, out=scratch)
+        scratch &= third
+        np.take(rotated, _MOVED, axis=0, out=state, mode="clip")
+        state ^= scratch
         state[0] ^= np.uint64(constant)
 
 
@@ -153,8 +163,8 @@ def row_leaf_hashes(exponents: NDArray[np.int16], rows: Bytes) -> Bytes:
 def weights_root(config: ModelConfig, load: LoadTensor, progress: Callable[[int, int], None] | None = None) -> Hash32:
     """`spec.weights.weights_root`. `load` gives a tensor by its checkpoint name as float32 (exact for bf16 and fp16).
 
-    `progress` is told (rows done, rows in all). Raises InvalidInput if a tensor has another shape than the dimensions say,
-    and whatever `load` raises for a missing one.
+    `progress` is told (rows done, rows in all). Raises InvalidInput if a tensor has another shape than the dimensions
+    say, and whatever `load` raises for a missing one.
     """
     plan = weights.tensor_plan(config)
     total = sum(tensor.rows for tensor in plan)
@@ -178,9 +188,7 @@ def _tensor_hashes(config: ModelConfig, tensor: weights.TensorPlan, load: LoadTe
     if values.ndim == 1:
         values = values[None]
     if values.shape != (tensor.rows, tensor.columns):
-        raise InvalidInput(
-            f"tensor {tensor.source} has shape {values.shape}, not {tensor.rows} x {tensor.columns} as config.json says."
-        )
+        raise InvalidInput(f"tensor {tensor.source} has shape {values.shape}, not {tensor.rows} x {tensor.columns}.")
     for start in range(0, tensor.rows, _ROWS):
         exponents, integers = quantise_rows(values[start : start + _ROWS])
         yield row_leaf_hashes(exponents, np.ascontiguousarray(integers).view(np.uint8))

@@ -143,11 +143,7 @@ class GumbelSampler:
         wide_keys = np.array(keys, dtype=np.uint64)
         temperatures = np.array(temperatures_milli, dtype=np.int64)
         on_host = logits.device.type == "cpu"
-        chosen = (
-            logits
-            if len(rows) == logits.shape[0] and list(rows) == list(range(len(rows)))
-            else logits[list(rows)]
-        )
+        chosen = logits if len(rows) == logits.shape[0] and list(rows) == list(range(len(rows))) else logits[list(rows)]
         chosen = chosen.to(torch.float32)
         if on_host:  # numpy's argmax is ten times as fast as torch's here
             peaks = chosen.numpy().argmax(axis=1)
@@ -169,9 +165,7 @@ class GumbelSampler:
         counts, tokens, values = collect(chosen, wide_keys, temperatures, floors, sane)
         per_key = np.repeat(wide_keys, counts)
         per_temperature = np.repeat(temperatures, counts)
-        scores = 1000 * quantise_array(values) + per_temperature * gumbel_array(
-            uniform_bits_array(per_key, tokens)
-        )
+        scores = 1000 * quantise_array(values) + per_temperature * gumbel_array(uniform_bits_array(per_key, tokens))
         winners: list[int] = []
         start = 0
         for count in counts.tolist():

@@ -98,9 +98,7 @@ def parse_arguments(extra_args: Any) -> Arguments | None:
     if not given:
         return None
     if unknown := given - ARGUMENTS:
-        raise ValueError(
-            f"vllm_xargs holds unknown arguments {sorted(unknown)}; known are {sorted(ARGUMENTS)}."
-        )
+        raise ValueError(f"vllm_xargs holds unknown arguments {sorted(unknown)}; known are {sorted(ARGUMENTS)}.")
     if missing := ARGUMENTS - given:
         raise ValueError(f"vllm_xargs lacks {sorted(missing)}: the sampler needs all of {sorted(ARGUMENTS)}.")
     return Arguments(
@@ -125,18 +123,6 @@ def _integer(extra_args: dict[Any, Any], name: str, low: int, high: int) -> int:
     return value
 
 
-def _check_integers(value: Any) -> None:
-    """Refuse integers that cannot cross to the engine process: its message format holds 64 bits."""
-    if isinstance(value, dict):
-        for item in value.values():
-            _check_integers(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _check_integers(item)
-    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ValueError("vllm_xargs holds an integer beyond 64 bits.")
-
-
 # What else in SamplingParams would change which token is chosen, with the values that leave the choice alone.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "temperature": (0, 0.0),
@@ -158,7 +144,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-class PoipLogitsProcessor(LogitsProcessor):
+class PoipLogitsProcessor(LogitsProcessor):  # type: ignore[misc, unused-ignore]
     """vLLM creates one per engine process; see the module's docstring."""
 
     @classmethod
@@ -166,17 +152,13 @@ class PoipLogitsProcessor(LogitsProcessor):
         """Runs in the API process for each request. Raises ValueError (HTTP 400) for arguments that cannot be
         served.
         """
-        extra_args = sampling_params.extra_args
-        _check_integers(extra_args)
-        if parse_arguments(extra_args) is None:
+        if parse_arguments(sampling_params.extra_args) is None:
             return
         for name, neutral in _NEUTRAL.items():
             value = getattr(sampling_params, name, None)
             if value not in neutral:
                 allowed = neutral[0]
-                raise ValueError(
-                    f"{name} must be {allowed} with {SEED}: the normative sampler takes no {name}."
-                )
+                raise ValueError(f"{name} must be {allowed} with {SEED}: the normative sampler takes no {name}.")
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self._rows: dict[int, RowState] = {}
@@ -193,9 +175,7 @@ class PoipLogitsProcessor(LogitsProcessor):
         """
         process_dict_updates(self._rows, batch_update, self._new_row)
 
-    def _new_row(
-        self, params: SamplingParams, prompt_ids: list[int] | None, output: list[int]
-    ) -> RowState | None:
+    def _new_row(self, params: SamplingParams, prompt_ids: list[int] | None, output: list[int]) -> RowState | None:
         try:
             arguments = parse_arguments(params.extra_args)
             if arguments is None:

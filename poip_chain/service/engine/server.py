@@ -161,9 +161,7 @@ class EngineServer:
                 start_new_session=True,
             )
 
-    def wait_ready(
-        self, progress: Progress | None = None, timeout_seconds: float = READY_TIMEOUT_SECONDS
-    ) -> None:
+    def wait_ready(self, progress: Progress | None = None, timeout_seconds: float = READY_TIMEOUT_SECONDS) -> None:
         """Block until the server answers. `progress` gets a line per stage and every ten seconds.
 
         Raises Unavailable, with the end of the log, if the process ends or the time is over (the process is
@@ -181,9 +179,7 @@ class EngineServer:
                     say(f"engine: {stage} ({now - begun:.0f} s)")
                     told = now
                 if (code := self._process.poll()) is not None:
-                    raise Unavailable(
-                        f"the engine ended with code {code} while starting.\n{self._log_tail()}"
-                    )
+                    raise Unavailable(f"the engine ended with code {code} while starting.\n{self._log_tail()}")
                 with contextlib.suppress(httpx.HTTPError):
                     if client.get(f"{self.url}/health").status_code == 200:
                         say(f"engine: ready at {self.url} ({now - begun:.0f} s)")

@@ -111,7 +111,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_voucher(data: Any, *, name: str = "voucher", flat: bool) -> SignedVoucher:
-    """`{"voucher": {...}, "signature"}` or, if `flat`, the voucher's fields with `signature` among them. InvalidInput."""
+    """`{"voucher": {...}, "signature"}` or, if `flat`, its fields with `signature` among them. Raises InvalidInput."""
     if not isinstance(data, dict):
         raise InvalidInput(f"{name} must be a JSON object.")
     if flat:
@@ -132,7 +132,7 @@ def parse_submission(data: Any) -> Submission:
     ids = data["prompt_ids"]
     if isinstance(ids, list) and len(ids) != request.prompt_tokens:
         # Compared before anything is hashed: the signed count bounds the work.
-        raise InvalidInput(f"prompt_ids holds {len(ids)} ids; the request says prompt_tokens = {request.prompt_tokens}.")
+        raise InvalidInput(f"prompt_ids holds {len(ids)} ids; the request's prompt_tokens is {request.prompt_tokens}.")
     voucher = data.get("voucher")
     return Submission(
         request=request,
@@ -146,12 +146,12 @@ def parse_submission(data: Any) -> Submission:
 
 def check_submission(submission: Submission, served: Served) -> None:
     """All checks that depend on neither clock nor state. Raises RequestRefused or InvalidSignature."""
-    request, params, profile = submission.request, submission.params, served.profile
+    request, profile = submission.request, served.profile
     if request.node not in (served.node, ZERO_ADDRESS):
         _bad("wrong_node", f"the request is for node {request.node}; this is {served.node}.", "node")
     if request.model_id != served.model_id:
         raise RequestRefused(
-            404, "model_not_found", f"this node serves model 0x{served.model_id.hex()}, not 0x{request.model_id.hex()}.",
+            404, "model_not_found", f"this node serves model 0x{served.model_id.hex()}, no other.",
             param="model_id",
         )  # fmt: skip
     if request.profile_version != served.profile_version:
@@ -222,8 +222,8 @@ def check_deadline(request: Request, now: int) -> None:
         )  # fmt: skip
 
 
-def check_credit(submission: Submission, account: Account, credit: Credit, unpaid: list[bytes]) -> None:
-    """Whether escrow and vouchers cover the request. `unpaid`: hashes of requests to name in the refusal.
+def check_credit(submission: Submission, account: Account, credit: Credit) -> None:
+    """Whether escrow and vouchers cover the request. Raises RequestRefused (402).
 
     Escrow must cover all that is not settled plus the most that this and the running requests may cost. A payer with
     history (it has paid for something delivered) may owe up to `credit.known` for finished answers; any other may owe
@@ -249,7 +249,6 @@ def check_credit(submission: Submission, account: Account, credit: Credit, unpai
                 "owed": str(owed),
                 "payer_cum": str(account.payer_cum),
                 "prepaid_voucher": str(account.payer_cum + account.running + submission.max_fee),
-                "unpaid_requests": ["0x" + h.hex() for h in unpaid],
             },
         )  # fmt: skip
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import structlog
 
+from poip_chain.economic.types import BatchStatus
 from poip_chain.service.node.faults import crash_point
 from poip_chain.service.node.ports import NodeChain
 from poip_chain.service.node.schema import BatchState, StoredBatch
@@ -106,8 +107,8 @@ class Batching:
         for stored in self._store.batches(BatchState.COMMITTED):
             batch = stored.batch
             if batch is None or batch.window_end > chain_time:
-                break  # windows end in the order of commitment
-            if self._chain.status(batch).name == "PENDING" and self._chain.open_cases(batch) == 0:
+                continue
+            if self._chain.status(batch) is BatchStatus.PENDING and self._chain.open_cases(batch) == 0:
                 due.append(batch)
             if len(due) == MAX_FINALIZE:
                 break
@@ -132,6 +133,6 @@ class Batching:
             crash_point("finalize_sent")
 
         self._transactions.ensure(
-            job, lambda: all(self._chain.status(batch).name != "PENDING" for batch in batches), send
+            job, lambda: all(self._chain.status(batch) is not BatchStatus.PENDING for batch in batches), send
         )
         return not refused

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import structlog
 
@@ -34,7 +34,7 @@ log = structlog.get_logger("poip.node")
 
 DEADLINE_MARGIN = 1.0
 """Seconds before a request's deadline at which its answer is ended, so that the receipt is not dated after it."""
-BUSY_RETRY_AFTER = 2
+RETRY_AFTER = 2
 
 
 class Engine(Protocol):
@@ -134,12 +134,12 @@ class Executor:
     def check_room(self, submission: Submission) -> None:
         """Raises RequestRefused (409 or 429) if the request runs already or there is no room."""
         if submission.request_hash in self._jobs:
-            raise RequestRefused(409, "in_progress", "this request is being answered now.", retry_after=BUSY_RETRY_AFTER)
+            raise RequestRefused(409, "in_progress", "this request is being answered now.", retry_after=RETRY_AFTER)
         if self._draining:
             raise RequestRefused(503, "stopping", "this node is stopping.", retry_after=30)
         if len(self._jobs) >= self._capacity:
             raise RequestRefused(
-                429, "busy", f"all {self._capacity} places of this node are taken.", retry_after=BUSY_RETRY_AFTER
+                429, "busy", f"all {self._capacity} places of this node are taken.", retry_after=RETRY_AFTER
             )
 
     def start(self, submission: Submission) -> Job:
@@ -176,7 +176,7 @@ class Executor:
             job.events.put_nowait(ReceiptEvent(stored, transcript))
         except PoipError as error:
             outcome = error.code
-            log.warning("request failed", request=submission.request_hash.hex(), code=error.code, error=str(error)[:300])
+            log.warning("request failed", request=submission.request_hash.hex(), code=outcome, error=str(error)[:300])
             job.events.put_nowait(ErrorEvent(error))
         except Exception as error:
             log.exception("request failed", request=submission.request_hash.hex())
@@ -203,7 +203,7 @@ class Executor:
         ids: list[int] = []
         fingerprints: list[tuple[FingerprintEntry, ...]] = []
         reason: FinishReason | None = None
-        gone = asyncio.ensure_future(job.cancelled.wait())
+        gone = asyncio.create_task(job.cancelled.wait())
         try:
             while reason is None:
                 token = await self._next(stream, gone, request.deadline)
@@ -227,21 +227,22 @@ class Executor:
         return Answer(tuple(ids), tuple(fingerprints), reason) if ids else None
 
     async def _next(
-        self, stream: AsyncIterator[EngineToken], gone: asyncio.Future[bool], deadline: int
+        self, stream: AsyncIterator[EngineToken], gone: asyncio.Task[Literal[True]], deadline: int
     ) -> EngineToken | None:
         """The next token; None if the client left or the deadline came. Raises Unavailable if the engine is silent."""
         left = deadline - DEADLINE_MARGIN - self._clock()
         if gone.done() or left <= 0:
             return None
-        step = asyncio.ensure_future(_anext(stream))
+        step = asyncio.create_task(_anext(stream))
         try:
-            await asyncio.wait({step, gone}, timeout=min(self._stall, left), return_when=asyncio.FIRST_COMPLETED)
+            both: set[asyncio.Task[Any]] = {step, gone}
+            await asyncio.wait(both, timeout=min(self._stall, left), return_when=asyncio.FIRST_COMPLETED)
             if step.done():
                 return step.result()
             if gone.done() or left <= self._stall:
                 return None
             raise Unavailable(
-                f"the engine has sent nothing for {self._stall:.0f} s.", hint="Nothing was signed; try again, or elsewhere."
+                f"the engine has sent nothing for {self._stall:.0f} s.", hint="Nothing was signed; try again."
             )
         finally:
             if not step.done():
@@ -252,8 +253,8 @@ class Executor:
     def _check(self, token: EngineToken) -> None:
         """What would be an offence in a transcript must not get into one, whatever the engine says."""
         listed = [token.token_id, *(token_id for token_id, _ in token.top)]
-        if max(listed) >= self._profile.vocab_size:
-            raise IntegrityError(f"the engine gave id {max(listed)}, outside the vocabulary of {self._profile.vocab_size}.")
+        if max(listed) >= (size := self._profile.vocab_size):
+            raise IntegrityError(f"the engine gave id {max(listed)}, outside the vocabulary of {size}.")
         if len(set(listed[1:])) != len(listed) - 1:
             raise IntegrityError("the engine listed a token twice.")
 

@@ -27,8 +27,11 @@ class Ledger:
         return (int(rows[0][0]), float(rows[0][1])) if rows else (0, 0.0)
 
     def put_off(self, job: str, now: float, delay: float, *, used: bool) -> float:
-        """Try `job` again after `delay` seconds, doubled with every failure up to MAX_DOUBLINGS times; with a new attempt
-        number if the present one is `used` (a transaction was sent under it). Returns the time of the next try."""
+        """Try `job` again after `delay` seconds, doubled with every failure up to MAX_DOUBLINGS times.
+
+        It gets a new attempt number if the present one is `used` (a transaction was sent under it). Returns the time of
+        the next try, Unix seconds.
+        """
         with self._store.transaction() as db:
             row = db.execute("SELECT number, failures FROM attempts WHERE job = ?", (job,)).fetchone() or (0, 0)
             not_before = now + delay * 2 ** min(row[1], MAX_DOUBLINGS)
@@ -133,14 +136,6 @@ class Ledger:
                     return False
                 db.execute("INSERT INTO served VALUES(?)", (seq,))
         return True
-
-    def was_served(self, seq: int) -> bool:
-        """Whether this audited transcript was ever handed out."""
-        return bool(self._store.rows("SELECT 1 FROM served WHERE seq = ?", seq))
-
-    def served_count(self) -> int:
-        """How many distinct audited transcripts were handed out."""
-        return int(self._store.rows("SELECT count(*) FROM served")[0][0])
 
 
 def _collection(row: tuple[int, str, str, str, str]) -> Collection:

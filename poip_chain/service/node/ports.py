@@ -8,33 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum, StrEnum
+from enum import StrEnum
 from typing import Protocol
 
+from poip_chain.economic.types import BatchStatus, Offer, ReceiptInBatch
 from poip_chain.service.node.schema import Duty, DutyKind
 from poip_chain.spec.eip712 import Domain
-from poip_chain.spec.objects import Batch, Part, Profile, Receipt, Request, SamplingParams, Voucher
+from poip_chain.spec.objects import Batch, Part, Profile, Request, SamplingParams, Voucher
 from poip_chain.spec.transcript import Transcript
 from poip_chain.spec.types import Address
-
-
-class Status(IntEnum):
-    """A batch's status in the commitment log."""
-
-    NONE = 0
-    PENDING = 1
-    FINAL = 2
-    CONVICTED = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """What the node offers in the registry; prices in wei per token."""
-
-    model_id: bytes
-    profile_version: int
-    input_price: int
-    output_price: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +25,6 @@ class Escrow:
 
     available: int
     settled: int
-
-
-@dataclass(frozen=True, slots=True)
-class ReceiptInBatch:
-    """A receipt with its proof into the batch's root."""
-
-    receipt: Receipt
-    index: int
-    proof: tuple[bytes, ...]
 
 
 class SentState(StrEnum):
@@ -75,7 +48,7 @@ class Ended:
     """A batch became final or convicted."""
 
     batch_id: int
-    status: Status
+    status: BatchStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +68,13 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Something happened on chain, or (`removed`) a reorganisation undid it. `token` is for `acknowledge`."""
+    """Something happened on chain, or (`removed`) a reorganisation undid it. `token` is for `acknowledge`.
 
-    what: Committed | Ended | Asked | Answered
+    `what` is None for an event of another node. A challenge is reported for any node's batch, with the receipt's index
+    in the batch as its duty's seq: only the database knows which batches are this node's.
+    """
+
+    what: Committed | Ended | Asked | Answered | None
     removed: bool
     token: object
 
@@ -135,7 +112,7 @@ class NodeChain(Protocol):
     def collectable(self, payer: Address) -> int:
         """What a collect could draw now, thawing included, wei."""
 
-    def status(self, batch: Batch) -> Status:
+    def status(self, batch: Batch) -> BatchStatus:
         """NONE also where the log holds another batch under this number."""
 
     def open_cases(self, batch: Batch) -> int:

@@ -62,7 +62,7 @@ class ReceiptWriter:
         issued_at = int(self._clock())
         if issued_at > request.deadline:
             raise RequestRefused(
-                408, "deadline_passed", f"the request's deadline {request.deadline} passed before the answer was complete."
+                408, "deadline_passed", f"the deadline {request.deadline} passed before the answer was complete."
             )
         transcript = Transcript(
             request_hash=submission.request_hash,

@@ -14,7 +14,7 @@ MAX_MESSAGE = 600
 
 
 class RequestRefused(PoipError):
-    """A request that is not served. `param` names the field at fault; `retry_after` in seconds; `details` for programs."""
+    """A request that is not served. `param` names the field at fault; `retry_after` is in seconds."""
 
     def __init__(
         self,

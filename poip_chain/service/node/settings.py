@@ -67,7 +67,7 @@ class NodeSettings(BaseModel):
     confirmations: int = Field(0, ge=0, le=256, description="blocks before an event is believed")
     poll_interval: float = Field(1.0, gt=0)
     retry_delay: float = Field(5.0, ge=0, description="first wait before a failed transaction is tried again")
-    transcript_retention: float = Field(30 * 86_400.0, ge=0, description="transcripts are kept this long after finality")
+    transcript_retention: float = Field(30 * 86_400.0, ge=0, description="how long transcripts are kept after finality")
     startup_timeout: float = Field(120.0, gt=0, description="how long to wait for chain and engine at the start")
     rpc_timeout: float = Field(10.0, gt=0)
 

@@ -207,6 +207,12 @@ class Store:
         with self._read_lock:
             return _payer_cum(self._reader, payer)
 
+    def totals(self) -> tuple[int, int, int]:
+        """(receipts signed, sum of their fees in wei, receipts in no batch)."""
+        seq = self.next_seq()
+        unbatched = self.rows("SELECT count(*) FROM receipts WHERE first_seq IS NULL")[0][0]
+        return seq, self.node_cum_before(seq), int(unbatched)
+
     def unpaid(self, payer: Address, limit: int) -> list[bytes]:
         """Request hashes of the payer's oldest receipts beyond what its vouchers cover, at most `limit`, in order."""
         paid = self.paid(payer)
@@ -228,8 +234,8 @@ class Store:
         )
         if chain_next_seq > self.next_seq():
             raise IntegrityError(
-                f"the chain has receipts of node {self.node} up to number {chain_next_seq - 1}, this database only up to "
-                f"{self.next_seq() - 1}: it is lost, an old copy, or another data directory is meant.",
+                f"the chain has receipts of node {self.node} up to number {chain_next_seq - 1}, this database only "
+                f"up to {self.next_seq() - 1}: it is lost, an old copy, or another data directory is meant.",
                 hint=advice,
             )
         ours = self.node_cum_before(chain_next_seq)
@@ -246,9 +252,7 @@ class Store:
         """Keep a (checked) voucher if it promises more than what is kept for the same receipt. True if it was news."""
         with self.transaction() as db:
             key = (voucher.payer, voucher.last_receipt_hash)
-            row = db.execute(
-                "SELECT cumulative FROM vouchers WHERE payer = ? AND receipt_hash = ?", key
-            ).fetchone()
+            row = db.execute("SELECT cumulative FROM vouchers WHERE payer = ? AND receipt_hash = ?", key).fetchone()
             if row is not None and int(row[0]) >= voucher.cumulative:
                 return False
             db.execute("INSERT OR REPLACE INTO vouchers VALUES(?, ?, ?, ?)", (*key, str(voucher.cumulative), signature))
@@ -313,7 +317,7 @@ class Store:
                 return None
             first = head.receipt.seq
             if [r.receipt.seq for r in receipts] != list(range(first, first + len(receipts))):
-                raise IntegrityError(f"receipts after number {first} have gaps.", hint="Restore the node's data directory.")
+                raise IntegrityError(f"there are gaps after receipt {first}.", hint="Restore the data directory.")
             composed = StoredBatch(
                 first_seq=first,
                 count=len(receipts),
@@ -346,9 +350,7 @@ class Store:
                 own = [r.receipt for r in receipts if r.receipt.payer == payer]
                 low, high = own[0].payer_cum - own[0].fee, own[-1].payer_cum
                 state = "due" if high > low else "settled"
-                db.execute(
-                    "INSERT INTO collections VALUES(?, ?, ?, ?, ?)", (first, payer, str(low), str(high), state)
-                )
+                db.execute("INSERT INTO collections VALUES(?, ?, ?, ?, ?)", (first, payer, str(low), str(high), state))
         return composed
 
     def batches(self, *states: BatchState) -> list[StoredBatch]:

@@ -31,7 +31,9 @@ def accept_voucher(
     """
     voucher = signed.voucher
     if voucher.node != served.node:
-        raise RequestRefused(400, "wrong_node", f"the voucher is for node {voucher.node}; this is {served.node}.", param="node")
+        raise RequestRefused(
+            400, "wrong_node", f"the voucher is for node {voucher.node}; this is {served.node}.", param="node"
+        )
     if payer is not None and voucher.payer != payer:
         raise RequestRefused(
             400, "wrong_payer", f"the voucher is of {voucher.payer}, the request of {payer}.", param="payer"

@@ -1,0 +1,121 @@
+"""Read an answer out of the leaves that a node was made to publish on chain, chunk by chunk.
+
+A challenge asks for one chunk: at most 8 leaves of one part. The first answer brings receipt and request too, so from
+then on it is known how many chunks there are. Knows the Availability contract's event, not how it is followed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from poip_chain.proof.fetch import Record
+from poip_chain.spec.objects import Part, Receipt, Request, SamplingParams
+from poip_chain.spec.offences import TranscriptRoots
+from poip_chain.spec.transcript import Transcript, leaf_count, parse_fingerprints
+
+CHUNK = 8
+"""Leaves in one challenge (Availability)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answered challenge, as the event carries it; the contract has checked every hash."""
+
+    receipt: Receipt
+    request: Request
+    params: SamplingParams
+    roots: TranscriptRoots
+    leaves: tuple[bytes, ...]
+    receipt_proof: tuple[bytes, ...]
+
+    @classmethod
+    def from_event(cls, args: Mapping[str, Any], receipt_proof: Sequence[bytes]) -> Answer:
+        """From the arguments of an `Answered` event and the receipt's proof, which only the call's data holds."""
+        temperature, top_p, top_k, stop_ids, ignore_eos = args["params"]
+        return cls(
+            receipt=Receipt(*args["receipt"]),
+            request=Request(*args["request"]),
+            params=SamplingParams(temperature, top_p, top_k, tuple(stop_ids), ignore_eos),
+            roots=TranscriptRoots(*args["roots"]),
+            leaves=tuple(bytes(leaf) for leaf in args["leaves"]),
+            receipt_proof=tuple(bytes(node) for node in receipt_proof),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form."""
+        roots = self.roots
+        hashes = (
+            roots.request_hash,
+            roots.statement_hash,
+            roots.prompt_root,
+            roots.output_root,
+            roots.fingerprint_root,
+        )
+        return {
+            "receipt": self.receipt.to_json(),
+            "request": self.request.to_json(),
+            "params": self.params.to_json(),
+            "finish_reason": roots.finish_reason,
+            "roots": [value.hex() for value in hashes],
+            "leaves": [leaf.hex() for leaf in self.leaves],
+            "receipt_proof": [node.hex() for node in self.receipt_proof],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Answer:
+        """The inverse of `to_json`, for what our own store returns."""
+        request_hash, statement, prompt, output, fingerprint = (bytes.fromhex(value) for value in data["roots"])
+        return cls(
+            receipt=Receipt.from_json(data["receipt"]),
+            request=Request.from_json(data["request"]),
+            params=SamplingParams.from_json(data["params"]),
+            roots=TranscriptRoots(request_hash, data["finish_reason"], statement, prompt, output, fingerprint),
+            leaves=tuple(bytes.fromhex(leaf) for leaf in data["leaves"]),
+            receipt_proof=tuple(bytes.fromhex(node) for node in data["receipt_proof"]),
+        )
+
+
+Chunk = tuple[Part, int]
+"""(part, index of its first leaf, a multiple of 8)."""
+FIRST_CHUNK: Chunk = (Part.OUTPUT, 0)
+
+
+def next_chunk(answers: Mapping[Chunk, Answer]) -> Chunk | None:
+    """The next chunk to ask for, None if everything is published."""
+    if not answers:
+        return FIRST_CHUNK
+    known = next(iter(answers.values()))
+    for part in Part:
+        tokens = known.request.prompt_tokens if part is Part.PROMPT else known.receipt.output_tokens
+        for first in range(0, leaf_count(part, tokens), CHUNK):
+            if (part, first) not in answers:
+                return part, first
+    return None
+
+
+def published_leaves(answers: Mapping[Chunk, Answer]) -> dict[Part, list[bytes]]:
+    """All leaves by part, in order; call it when `next_chunk` is None."""
+    return {
+        part: [leaf for chunk in sorted(answers) if chunk[0] is part for leaf in answers[chunk].leaves] for part in Part
+    }
+
+
+def assemble(answers: Mapping[Chunk, Answer]) -> Record:
+    """The whole record of an answer whose leaves show no fault; call it when `next_chunk` is None."""
+    known = next(iter(answers.values()))
+    data = {part: b"".join(leaves) for part, leaves in published_leaves(answers).items()}
+    prompt_ids, output_ids = (
+        tuple(int.from_bytes(data[part][i : i + 4], "little") for i in range(0, len(data[part]), 4))
+        for part in (Part.PROMPT, Part.OUTPUT)
+    )
+    transcript = Transcript(
+        request_hash=known.roots.request_hash,
+        finish_reason=known.roots.finish_reason,
+        engine_statement="",
+        prompt_ids=prompt_ids,
+        output_ids=output_ids,
+        fingerprints=parse_fingerprints(data[Part.FINGERPRINT]),
+    )
+    return Record(known.request, b"", known.params, known.receipt, transcript, known.roots.statement_hash)
