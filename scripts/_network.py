@@ -7,6 +7,7 @@ order of steps for people who work with Ape. It must not be imported by the libr
 from __future__ import annotations
 
 import json
+import os
 import time
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -29,7 +30,8 @@ SIGNATURE_LIFETIME = 3600
 JUDGES = ("Offences", "TranscriptOffences", "Availability")
 # Of the deployment file, as poip_chain/chain/deployment.py writes it.
 SCHEMA = 1
-DEFAULT_DEPLOYMENT = "deployment.json"
+# Where `poip` looks for it too.
+DEFAULT_DEPLOYMENT = Path(os.environ.get("POIP_DATA", "~/.poip")).expanduser() / "deployment.json"
 
 
 class Amount(click.ParamType):
@@ -129,6 +131,7 @@ def save(path: Path, contracts: dict[str, Any], deployer: str) -> None:
         "complete": True,
         "contracts": entries,
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 

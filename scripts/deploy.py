@@ -14,8 +14,11 @@ from scripts import _network
 @_network.account_option(help="deploys, owns the contracts and gets the initial supply")
 @_network.deployment_option()
 @click.option("--short-windows", is_flag=True, help="The devnet's windows of seconds instead of days.")
-def cli(account: str, deployment: Path, short_windows: bool) -> None:
+@click.option("--overwrite", is_flag=True, help="Replace an existing deployment file.")
+def cli(account: str, deployment: Path, short_windows: bool, overwrite: bool) -> None:
     """Deploy every contract, wire them, seal them, and write the deployment file."""
+    if deployment.exists() and not overwrite and not _network.is_ephemeral():
+        raise click.UsageError(f"{deployment} exists. Deploy anew with --overwrite, or name another: --deployment")
     owner = _network.account_named(account)
     contracts = _network.deploy_all(owner, short_windows or _network.is_ephemeral())
     for name, contract in contracts.items():

@@ -266,7 +266,7 @@ def _with(function: Callable[..., R], options: Sequence[Callable[..., Any]]) -> 
     return decorated
 
 
-class Amount(click.ParamType):
+class Amount(click.ParamType[int]):
     """An amount of the token: '1.5', '1.5 POIP', '100 wei'; the command gets wei."""
 
     name = "amount"
@@ -286,7 +286,7 @@ class Amount(click.ParamType):
 AMOUNT = Amount()
 
 
-class Hash(click.ParamType):
+class Hash(click.ParamType[bytes]):
     """32 bytes as 0x-hex; the command gets bytes."""
 
     name = "hash"

@@ -68,7 +68,8 @@ def load_common(config: Path | None = None, flags: Mapping[str, Any] | None = No
 
     Raises ConfigurationError with all faults at once.
     """
-    effective = _load(CommonSettings, "", _common_file(config, flags or {}), flags or {})
+    values, sources = _collect(CommonSettings, "", _common_file(config, flags or {}), flags or {}, {})
+    effective = _validate(CommonSettings, "", values, sources)
     data = Path(effective.values.data).expanduser().absolute()
     return Effective(effective.values.model_copy(update={"data": data}), effective.sources)
 
@@ -81,16 +82,24 @@ def load_section(
     Fields named in SHARED are taken from the common settings where nothing else sets them.
     Raises ConfigurationError with all faults at once.
     """
+    values, sources = collect(model, section, config, flags)
+    return _validate(model, section, values, sources)
+
+
+def collect(
+    model: type[BaseModel], section: str, config: Path | None = None, flags: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What `load_section` validates: the values that are set anywhere, and the source of every field."""
     given = {name: value for name, value in (flags or {}).items() if value is not None}
-    common_flags = {name: value for name, value in given.items() if name in CommonSettings.model_fields}
-    # `data` of a program may be a directory of its own; it is no common flag then.
-    common = load_common(config, {name: value for name, value in common_flags.items() if name != "data"})
+    common = load_common(config, {name: value for name, value in given.items() if name in CommonSettings.model_fields})
     shared = {
         "rpc_url": (common.values.rpc_url, common.sources["rpc_url"]),
         "deployment": (common.values.deployment_path, common.sources["deployment"]),
     }
     fallback = {name: entry for name, entry in shared.items() if name in model.model_fields}
-    return _load(model, section, _common_file(config, {}), given, fallback)
+    # --data names the common directory; a program's own `data` is a setting of its section.
+    own = {name: value for name, value in given.items() if name != "data" and name in model.model_fields}
+    return _collect(model, section, _common_file(config, given), own, fallback)
 
 
 def _common_file(config: Path | None, flags: Mapping[str, Any]) -> Path | None:
@@ -105,16 +114,16 @@ def _common_file(config: Path | None, flags: Mapping[str, Any]) -> Path | None:
     return default if default.is_file() else None
 
 
-def _load(
-    model: type[M],
+def _collect(
+    model: type[BaseModel],
     section: str,
     file: Path | None,
     flags: Mapping[str, Any],
-    fallback: Mapping[str, tuple[Any, str]] | None = None,
-) -> Effective[M]:
+    fallback: Mapping[str, tuple[Any, str]],
+) -> tuple[dict[str, Any], dict[str, str]]:
     values: dict[str, Any] = {}
     sources: dict[str, str] = dict.fromkeys(model.model_fields, "default")
-    for name, (value, source) in (fallback or {}).items():
+    for name, (value, source) in fallback.items():
         values[name], sources[name] = value, source
     for name, value in _from_file(model, section, file).items():
         values[name], sources[name] = value, f"file {file}"
@@ -124,6 +133,10 @@ def _load(
     for name, value in flags.items():
         if value is not None:
             values[name], sources[name] = value, "flag"
+    return values, sources
+
+
+def _validate(model: type[M], section: str, values: dict[str, Any], sources: dict[str, str]) -> Effective[M]:
     try:
         validated = model.model_validate(values)
     except ValidationError as error:

@@ -5,7 +5,7 @@ inputs: a template that asks for the date always gets TEMPLATE_DATE, so that the
 ever and anyone can recompute a request's prompt_root. Tokenisation is the `tokenizers` library on tokenizer.json alone.
 
 transformers itself is not imported: it costs seconds, and would bring its own version of every rule. A test compares
-both. Hashing the files is model preparation's business; `load` takes the function that does it.
+both.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
+from eth_hash.auto import keccak
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from poip_chain.errors import IntegrityError, InvalidInput, NotFound
+from poip_chain.service.engine.model import chat_template, tokenizer_hash
 from poip_chain.spec.objects import ModelSpec
 
 if TYPE_CHECKING:
@@ -35,9 +37,6 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 MAX_HELD_TOKENS = 16
 """A character has at most four bytes, so more tokens than this without a whole character are no text: let them go."""
 
-Hashes = Callable[[Path], tuple[bytes, bytes]]
-"""(tokenizer_hash, chat_template_hash) of a model directory, by the rule of the model registry."""
-
 
 class Tokenizer:
     """One model's tokenizer and chat template. Safe for many threads."""
@@ -47,9 +46,9 @@ class Tokenizer:
         self._settings = _read_json(directory / "tokenizer_config.json")
 
     @classmethod
-    def load(cls, directory: Path, spec: ModelSpec, hashes: Hashes) -> Tokenizer:
+    def load(cls, directory: Path, spec: ModelSpec) -> Tokenizer:
         """The tokenizer in `directory`, if its files are those that `spec` commits to. Raises IntegrityError if not."""
-        found = hashes(directory)
+        found = (tokenizer_hash(directory), keccak(chat_template(directory).encode()))
         expected = (spec.tokenizer_hash, spec.chat_template_hash)
         for what, ours, theirs in zip(("tokenizer", "chat template"), found, expected, strict=True):
             if ours != theirs:
@@ -128,22 +127,12 @@ class Tokenizer:
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
-        return environment.from_string(self.chat_template())
-
-    def chat_template(self) -> str:
-        """The template's source: chat_template.jinja, else the `chat_template` of tokenizer_config.json."""
-        path = self.directory / "chat_template.jinja"
-        if path.is_file():
-            return _read_text(path)
-        template = self._settings.get("chat_template")
-        if isinstance(template, list):  # several named templates; the one named default is for chats
-            template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-        if not isinstance(template, str):
-            raise NotFound(
-                f"{self.directory} has no chat template.",
-                hint="Use /v1/completions, or a model made for conversations.",
+        source = chat_template(self.directory)
+        if not source:
+            raise InvalidInput(
+                "this model has no chat template.", hint="Use /v1/completions, or a model made for conversations."
             )
-        return template
+        return environment.from_string(source)
 
 
 class Detokenizer:
@@ -239,17 +228,13 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _read_text(path: Path) -> str:
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise InvalidInput(f"{path} is larger than {MAX_FILE_BYTES} bytes.")
-    return path.read_text(encoding="utf-8")
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise NotFound(f"{path} does not exist.", hint="Give the directory that `poip model prepare` wrote.")
+        return {}
     try:
-        data = json.loads(_read_text(path))
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise IntegrityError(f"{path} is larger than {MAX_FILE_BYTES} bytes.")
+        data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise IntegrityError(f"{path} is not JSON: {error}") from error
     return cast("dict[str, Any]", data) if isinstance(data, dict) else {}

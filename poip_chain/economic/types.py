@@ -78,6 +78,43 @@ class Escrow:
         return self.balance - self.thawing
 
 
+class CaseStatus(IntEnum):
+    """How an availability challenge or a demand to commit stands. A demand that ends is WITHHELD or VOID."""
+
+    NONE = 0
+    OPEN = 1
+    ANSWERED = 2
+    WITHHELD = 3
+    VOID = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ChallengeInfo:
+    """A challenge to publish eight leaves of one part of a receipt's transcript."""
+
+    challenger: Address
+    batch_id: int
+    index: int
+    part: int
+    first_leaf: int
+    deadline: int
+    status: CaseStatus
+    bond: int
+
+
+@dataclass(frozen=True, slots=True)
+class DemandInfo:
+    """A demand to commit a signed receipt."""
+
+    demander: Address
+    node: Address
+    seq: int
+    deadline: int
+    status: CaseStatus
+    receipt_hash: Hash32
+    bond: int
+
+
 @dataclass(frozen=True, slots=True)
 class ParameterInfo:
     """A protocol number with its hard bounds."""

@@ -13,7 +13,7 @@ from prometheus_client import Counter, start_http_server
 
 from poip_chain.chain.deployment import Deployment
 from poip_chain.chain.follower import Follower
-from poip_chain.chain.keys import load
+from poip_chain.chain.keys import load, password_from
 from poip_chain.chain.outbox import Outbox
 from poip_chain.chain.rpc import Chain
 from poip_chain.economic.network import Network
@@ -21,11 +21,11 @@ from poip_chain.errors import ConfigurationError
 from poip_chain.proof.audit import Auditor
 from poip_chain.proof.reexecution import EngineSource, LogitSource, TorchSource
 from poip_chain.proof.settings import Mode, WatchtowerSettings
-from poip_chain.proof.store import WatchtowerStore
+from poip_chain.proof.store import open_store
 from poip_chain.proof.watchtower import Watchtower
 from poip_chain.spec.eip712 import parse_hex
 
-ROUNDS = Counter("poip_watchtower_events", "What the watchtower's rounds did.", ["event"])
+ROUNDS = Counter("poip_watchtower_events", "What the rounds did.", ["event"])
 
 
 @contextmanager
@@ -41,8 +41,7 @@ def open_watchtower(settings: WatchtowerSettings) -> Iterator[Watchtower]:
         deployment = Deployment.load(settings.deployment)
         network = Network(chain, deployment)
         network.check()
-        store = WatchtowerStore(settings.data / "watchtower.db")
-        stack.callback(store.close)
+        store = stack.enter_context(open_store(settings.data))
         sources = [network.log.event(name) for name in ("BatchCommitted", "BatchFinal", "BatchConvicted")]
         sources += [network.availability.event(name) for name in ("Challenged", "Answered", "Resolved")]
         follower = Follower(
@@ -51,11 +50,11 @@ def open_watchtower(settings: WatchtowerSettings) -> Iterator[Watchtower]:
         stack.callback(follower.close)
         outbox = None
         if settings.mode is Mode.DEFEND and settings.key is not None:
-            key = load(settings.key, settings.password_file)
+            key = load(settings.key, password_from(settings.password_file))
             path = settings.data / "outbox" / f"{key.address}.db"
             outbox = stack.enter_context(Outbox(chain, key, path))
         auditor = Auditor(network, logit_sources(settings))
-        yield Watchtower(settings, chain, network, follower, store, auditor, outbox, ROUNDS)
+        yield Watchtower(settings, chain, network, follower, store, auditor, outbox)
 
 
 def logit_sources(settings: WatchtowerSettings) -> dict[bytes, LogitSource]:
@@ -64,7 +63,7 @@ def logit_sources(settings: WatchtowerSettings) -> dict[bytes, LogitSource]:
 
     sources: dict[bytes, LogitSource] = {}
     for directory in settings.models:
-        sources[prepare(directory).model_id()] = TorchSource(directory, settings.torch_threads)
+        sources[prepare(directory).model_id] = TorchSource(directory, settings.torch_threads)
     for model_id, url in settings.engine_urls.items():
         sources[parse_hex(model_id, "model id", 32)] = EngineSource(url)
     return sources
@@ -79,7 +78,7 @@ def run(settings: WatchtowerSettings) -> None:
     if settings.metrics_port is not None:
         start_http_server(settings.metrics_port, addr="127.0.0.1")
     with open_watchtower(settings) as watchtower:
-        watchtower.run(stop)
+        watchtower.run(stop, lambda name, count: ROUNDS.labels(name).inc(count))
 
 
 def configure_logging() -> None:

@@ -16,10 +16,11 @@ from typing import Any
 from poip_chain.chain.rpc import Call
 from poip_chain.economic.network import Network
 from poip_chain.economic.types import Evidence as ReceiptEvidence
-from poip_chain.errors import InvalidSignature
+from poip_chain.errors import InvalidSignature, NotFound
 from poip_chain.proof.evidence import Evidence
 from poip_chain.proof.fetch import Record
 from poip_chain.proof.publication import Answer
+from poip_chain.proof.receipts import check_receipt
 from poip_chain.proof.reexecution import LogitSource
 from poip_chain.proof.scoring import Judgement, judge
 from poip_chain.proof.store import Observed
@@ -154,7 +155,7 @@ class Auditor:
         else:
             part = leaves[Part(found.part)]
             leaf, leaf_proof = part[found.leaf_index], merkle_proof(part, [found.leaf_index])
-        call = self._network.transcript_offences.prove_transcript(
+        call = self._network.offences.prove_transcript(
             receipt, place, request, params, roots, found.part, found.leaf_index, leaf, leaf_proof
         )
         return [_finding(place, found.fault, call)]
@@ -198,12 +199,11 @@ class Auditor:
         return Finding(f"equivocation:{hashes[0]}:{hashes[1]}", "equivocation", call, detail)
 
     def _signed(self, observed: Observed) -> bool:
-        receipt = observed.receipt
         try:
-            signer = receipt.recover(self._network.domain("log"), observed.signature)
-        except InvalidSignature:
+            check_receipt(self._network, observed.receipt, observed.signature)
+        except (InvalidSignature, NotFound):
             return False
-        return signer == self._network.registry.signing_key(receipt.node, receipt.seq)
+        return True
 
     def write_evidence(self, path: Path, place: ReceiptEvidence, record: Record, outcome: Outcome) -> Path:
         """Keep everything that somebody else needs to repeat the audit."""

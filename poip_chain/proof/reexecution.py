@@ -99,9 +99,10 @@ class TorchSource:
 class EngineSource:
     """A vLLM server as a first-stage verifier: it serves the top logprobs of every prompt position."""
 
-    def __init__(self, url: str, model_name: str, timeout: float = 120.0) -> None:
+    def __init__(self, url: str, timeout: float = 120.0) -> None:
         self.name = "vLLM prompt_logprobs"
-        self._url, self._model_name, self._timeout = url.rstrip("/"), model_name, timeout
+        self._url, self._timeout = url.rstrip("/"), timeout
+        self._model_name = ""
 
     def rows(self, answers: Sequence[Answer]) -> Iterator[tuple[int, int, Row]]:
         """See LogitSource. Raises Unavailable if the server does not answer as vLLM does."""
@@ -118,7 +119,7 @@ class EngineSource:
 
     def _prompt_logprobs(self, ids: list[int]) -> list[ServedRow]:
         body = {
-            "model": self._model_name,
+            "model": self._served_model(),
             "prompt": ids,
             "max_tokens": 1,
             "temperature": 0,
@@ -136,6 +137,17 @@ class EngineSource:
         if not isinstance(served, list) or len(served) != len(ids):
             raise Unavailable(f"{self._url} answered for another number of tokens than it was asked for.")
         return served
+
+    def _served_model(self) -> str:
+        """The name under which the server knows its one model; asked once."""
+        if not self._model_name:
+            try:
+                reply = httpx.get(f"{self._url}/v1/models", timeout=self._timeout)
+                reply.raise_for_status()
+                self._model_name = str(reply.json()["data"][0]["id"])
+            except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+                raise Unavailable(f"the engine at {self._url} does not name its model: {error!r}.") from error
+        return self._model_name
 
 
 def _groups(answers: Sequence[Answer]) -> Iterator[list[int]]:

@@ -19,6 +19,7 @@ from typing import Any
 from poip_chain.proof.publication import Answer, Chunk
 from poip_chain.spec.objects import Batch, Part, Receipt
 
+DATABASE = "watchtower.db"
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS batches(
     id INTEGER PRIMARY KEY, node TEXT NOT NULL, batch TEXT NOT NULL, status TEXT NOT NULL, state TEXT NOT NULL,
@@ -400,6 +401,16 @@ class WatchtowerStore:
             {**dict(row), "detail": json.loads(row["detail"])}
             for row in self._rows("SELECT * FROM filings ORDER BY rowid")
         ]
+
+
+@contextmanager
+def open_store(data: Path) -> Iterator[WatchtowerStore]:
+    """The store in a watchtower's data directory; it may be open in a running watchtower at the same time."""
+    store = WatchtowerStore(data / DATABASE)
+    try:
+        yield store
+    finally:
+        store.close()
 
 
 def _chunk_text(chunk: Chunk) -> str:

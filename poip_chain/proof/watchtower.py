@@ -24,7 +24,7 @@ from poip_chain.chain.rpc import Call, Chain
 from poip_chain.economic.clients.log import BEACON_TARGET_DISTANCE
 from poip_chain.economic.network import Network
 from poip_chain.economic.types import Evidence as ReceiptEvidence
-from poip_chain.errors import InvalidInput, NotFound, PoipError, TransactionFailed, Unavailable
+from poip_chain.errors import TransactionFailed, Unavailable
 from poip_chain.proof.audit import MALFORMED, Auditor, Finding, Outcome, receipt_evidence, write_proposal
 from poip_chain.proof.fetch import NodeReader, NodeWithholds, Record
 from poip_chain.proof.publication import Answer, assemble, next_chunk, published_leaves
@@ -92,13 +92,13 @@ class Watchtower:
             self._outbox.step()
         return report
 
-    def run(self, stop: threading.Event) -> None:
-        """Rounds until `stop` is set."""
+    def run(self, stop: threading.Event, count: Callable[[str, int], None]) -> None:
+        """Rounds until `stop` is set; `count` takes each round's counts by name."""
         while not stop.is_set():
             try:
                 report = self.step()
-                if report.counts:
-                    log.info("round", **report.counts)
+                for name, number in report.counts.items():
+                    count(name, number)
             except Unavailable as error:
                 log.warning("waiting", reason=str(error))
             stop.wait(self._settings.poll_interval)
@@ -393,16 +393,3 @@ class Watchtower:
         log.warning("offence" if call is None else "proposed", kind=kind, **detail)
         if self._settings.mode is Mode.PROPOSE and call is not None:
             write_proposal(self._settings.data / "proposals", Finding(key, kind, call, detail))
-
-    def observe(self, receipt: Receipt, signature: bytes) -> None:
-        """Take in a receipt that a client holds, to be compared with all others of its node.
-
-        Raises InvalidSignature or InvalidInput if the node's key did not sign it, NotFound for an unknown node.
-        """
-        try:
-            signer = self._network.registry.signing_key(receipt.node, receipt.seq)
-        except PoipError as error:
-            raise NotFound(f"{receipt.node} is not a registered node.") from error
-        if receipt.recover(self._network.domain("log"), signature) != signer:
-            raise InvalidInput(f"the receipt is not signed by the key {signer} of node {receipt.node}.")
-        self._store.observe(receipt, signature)

@@ -6,7 +6,8 @@ fixed order, are the leaves of one position-indexed Merkle tree: `weights_root`.
     row            e = floor(log2 max|w|) - 14;  W = round-half-even(w * 2**-e), so that w is about W * 2**e.
                    If a |W| would exceed 32,640, e is one larger. (bf16 weights never do; the bound keeps sums of
                    products inside 53 bits.) A row of zeros has e = 0.
-    segment        256 bytes of a row: 128 columns of int16, little-endian (64 of int32 for RoPE); the last may be shorter
+    segment        256 bytes of a row: 128 columns of int16, little-endian (64 of int32 for RoPE); the last may be
+                   shorter
     row's leaf     int16 e, little-endian || Merkle root of the row's segments: 34 bytes
     weights_root   Merkle root of all rows' leaves, in the order of `tensor_plan`
 

@@ -1,42 +1,33 @@
-"""Fixtures of the contract tests. Each test starts from an untouched copy of what they deploy."""
+"""Fixtures of the contract tests: deployed once a module. titanoboa's plugin undoes what each test did to them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import boa
 import pytest
 
 from tests.contracts import system
 
 
-@pytest.fixture(autouse=True)
-def anchored() -> Iterator[None]:
-    """Undo on the chain what a test did."""
-    with boa.env.anchor():
-        yield
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def token() -> Any:
     """PoipToken."""
     return system.deploy_token()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def parameters() -> Any:
     """Parameters with the defaults."""
     return system.deploy_parameters()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def models() -> Any:
     """An empty ModelRegistry."""
     return system.deploy_models()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def staking() -> system.Staking:
     """A registry with its surroundings."""
     return system.deploy_staking()

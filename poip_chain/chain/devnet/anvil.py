@@ -36,9 +36,24 @@ def command(binary: Path, config: DevnetConfig, port: int) -> list[str]:
     if rest:
         raise ConfigurationError(f"anvil takes whole ether as balance, not {config.balance} wei.")
     line = [
-        str(binary), "--host", config.host, "--port", str(port), "--silent",
-        "--chain-id", str(config.chain_id), "--hardfork", "prague", "--gas-limit", str(config.gas_limit),
-        "--mnemonic", config.mnemonic, "--accounts", str(config.accounts), "--balance", str(ether),
+        str(binary),
+        "--host",
+        config.host,
+        "--port",
+        str(port),
+        "--silent",
+        "--chain-id",
+        str(config.chain_id),
+        "--hardfork",
+        "prague",
+        "--gas-limit",
+        str(config.gas_limit),
+        "--mnemonic",
+        config.mnemonic,
+        "--accounts",
+        str(config.accounts),
+        "--balance",
+        str(ether),
     ]
     if config.block_time is not None:
         line += ["--block-time", f"{config.block_time:g}"]

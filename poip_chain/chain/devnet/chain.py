@@ -17,6 +17,7 @@ from typing import cast
 
 import rlp
 from eth.abc import BlockAPI, BlockHeaderAPI, ReceiptAPI, SignedTransactionAPI
+from eth.chains.base import Chain
 from eth.constants import (
     BLANK_ROOT_HASH,
     POST_MERGE_DIFFICULTY,
@@ -28,9 +29,10 @@ from eth.db.atomic import AtomicDB
 from eth.db.schema import SchemaV1
 from eth.exceptions import CanonicalHeadNotFound, HeaderNotFound, PyEVMError, TransactionNotFound
 from eth.rlp.sedes import chain_gaps
+from eth.typing import AccountDetails, HeaderParams
 from eth.vm.forks.prague.constants import HISTORY_STORAGE_ADDRESS, HISTORY_STORAGE_CONTRACT_CODE
 from eth_typing import Address, BlockNumber, Hash32
-from eth_utils import ValidationError
+from eth_utils.exceptions import ValidationError
 
 from poip_chain.chain.devnet.config import DevnetConfig, development_accounts
 from poip_chain.chain.devnet.database import Database
@@ -42,7 +44,14 @@ from poip_chain.chain.devnet.overrides import (
     encode_overrides,
 )
 from poip_chain.chain.devnet.pool import TransactionPool
-from poip_chain.chain.devnet.vm import BASE_TRANSACTION_GAS, DevnetVM, begin_block, chain_class, minimum_gas, next_header
+from poip_chain.chain.devnet.vm import (
+    BASE_TRANSACTION_GAS,
+    DevnetVM,
+    begin_block,
+    chain_class,
+    minimum_gas,
+    next_header,
+)
 from poip_chain.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
@@ -131,7 +140,7 @@ class Devnet:
 
     # -- opening ------------------------------------------------------------------------------------------------
 
-    def _open(self):  # type: ignore[no-untyped-def]
+    def _open(self) -> Chain:
         chain_type = chain_class(self.config.chain_id)
         identity = {
             "version": 1,
@@ -161,18 +170,24 @@ class Devnet:
             raise ConfigurationError(f"{self.config.database} holds no chain.", hint="Use another file.") from error
         return chain
 
-    def _create_genesis(self, chain_type):  # type: ignore[no-untyped-def]
-        state = {
-            bytes.fromhex(account.address[2:]): {
-                "balance": self.config.balance, "nonce": 0, "code": b"", "storage": {},
+    def _create_genesis(self, chain_type: type[Chain]) -> Chain:
+        state: dict[Address, AccountDetails] = {
+            Address(bytes.fromhex(account.address[2:])): {
+                "balance": self.config.balance,
+                "nonce": 0,
+                "code": b"",
+                "storage": {},
             }
             for account in self.accounts
         }
         # The history contract must be there from the start: py-evm itself never deploys it (EIP-2935).
-        state[bytes(HISTORY_STORAGE_ADDRESS)] = {
-            "balance": 0, "nonce": 1, "code": HISTORY_STORAGE_CONTRACT_CODE, "storage": {},
+        state[HISTORY_STORAGE_ADDRESS] = {
+            "balance": 0,
+            "nonce": 1,
+            "code": HISTORY_STORAGE_CONTRACT_CODE,
+            "storage": {},
         }
-        parameters = {
+        parameters: dict[str, HeaderParams] = {
             "coinbase": ZERO_ADDRESS,
             "difficulty": POST_MERGE_DIFFICULTY,
             "extra_data": b"",
@@ -183,7 +198,7 @@ class Devnet:
             "transaction_root": BLANK_ROOT_HASH,
             "timestamp": int(self._clock()),
         }
-        return chain_type.from_genesis(self._db, parameters, state)
+        return cast(Chain, chain_type.from_genesis(self._db, parameters, state))
 
     def close(self) -> None:
         """Close the database. Every sealed block is in it already."""
@@ -196,12 +211,12 @@ class Devnet:
         """A block of the chain. Raises ResourceNotFound."""
         if not 0 <= number <= self.head.block_number:
             raise ResourceNotFound(f"block {number} does not exist; the newest is {self.head.block_number}")
-        return cast(BlockHeaderAPI, self._chain.get_canonical_block_header_by_number(BlockNumber(number)))
+        return self._chain.get_canonical_block_header_by_number(BlockNumber(number))
 
     def header_by_hash(self, block_hash: bytes) -> BlockHeaderAPI:
         """A block, in the chain or once replaced. Raises ResourceNotFound."""
         try:
-            return cast(BlockHeaderAPI, self._chain.get_block_header_by_hash(Hash32(block_hash)))
+            return self._chain.get_block_header_by_hash(Hash32(block_hash))
         except (HeaderNotFound, rlp.exceptions.RLPException, ValueError):
             raise ResourceNotFound(f"block 0x{block_hash.hex()} does not exist") from None
 
@@ -256,7 +271,7 @@ class Devnet:
 
     def next_base_fee(self) -> int:
         """Base fee of the block that would come next, in wei per gas."""
-        return int(self._next_header_of(self.head).base_fee_per_gas)
+        return cast(int, self._next_header_of(self.head).base_fee_per_gas)
 
     def nonce(self, address: bytes) -> int:
         """The next nonce of an account in the newest state."""
@@ -413,7 +428,9 @@ class Devnet:
         receipts: list[ReceiptAPI] = []
         rejected: list[SignedTransactionAPI] = []
         if from_pool:
-            picker = self.pool.pick(header.base_fee_per_gas, lambda sender: vm.state.get_nonce(Address(sender)))
+            picker = self.pool.pick(
+                cast(int, header.base_fee_per_gas), lambda sender: vm.state.get_nonce(Address(sender))
+            )
             deadline = None if seconds is None else time.monotonic() + seconds
             for transaction in picker:
                 gas_left = header.gas_limit - header.gas_used

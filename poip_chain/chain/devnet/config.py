@@ -56,9 +56,7 @@ class DevnetConfig:
                 hint="Ask for automine, or give the seconds between two blocks.",
             )
         if self.automine and self.block_time is not None:
-            raise ConfigurationError(
-                "automine and a block time exclude each other.", hint="Choose one of the two."
-            )
+            raise ConfigurationError("automine and a block time exclude each other.", hint="Choose one of the two.")
         if not 1 <= self.chain_id < 2**53:
             raise ConfigurationError(f"chain id {self.chain_id} is not between 1 and 2**53.")
         if not 0 <= self.accounts <= 1000:
@@ -68,9 +66,7 @@ class DevnetConfig:
         if not 1_000_000 <= self.gas_limit < 2**63:
             raise ConfigurationError(f"a block gas limit of {self.gas_limit} is below 1,000,000 or too large.")
         if self.backend not in ("embedded", "anvil"):
-            raise ConfigurationError(
-                f"backend {self.backend!r} does not exist.", hint="Choose 'embedded' or 'anvil'."
-            )
+            raise ConfigurationError(f"backend {self.backend!r} does not exist.", hint="Choose 'embedded' or 'anvil'.")
         if not Mnemonic().is_mnemonic_valid(self.mnemonic):
             raise ConfigurationError("the mnemonic is no valid BIP-39 phrase of English words.")
 
@@ -78,6 +74,4 @@ class DevnetConfig:
 def development_accounts(mnemonic: str, count: int) -> tuple[LocalAccount, ...]:
     """The first `count` keys of a mnemonic, at m/44'/60'/0'/0/i as every development chain has them."""
     Account.enable_unaudited_hdwallet_features()
-    return tuple(
-        Account.from_mnemonic(mnemonic, account_path=f"m/44'/60'/0'/0/{index}") for index in range(count)
-    )
+    return tuple(Account.from_mnemonic(mnemonic, account_path=f"m/44'/60'/0'/0/{index}") for index in range(count))

@@ -11,16 +11,16 @@ from typing import Any
 
 from eth.abc import BlockHeaderAPI, ComputationAPI, SignedTransactionAPI
 from eth.exceptions import OutOfGas, Revert
-from eth_abi import decode as abi_decode
+from eth_abi.abi import decode as abi_decode
 from eth_abi.exceptions import DecodingError
-from eth_utils import ValidationError
+from eth_utils.exceptions import ValidationError
 
 from poip_chain.chain.devnet.chain import MAX_REORG_DEPTH, SAFE_DEPTH, Devnet, SealedBlock
 from poip_chain.chain.devnet.errors import ExecutionReverted, InvalidInput, ResourceNotFound
 from poip_chain.chain.devnet.overrides import AccountOverride, apply_overrides
 from poip_chain.chain.devnet.params import BlockReference, CallRequest, shown_address
-from poip_chain.chain.devnet.vm import BASE_TRANSACTION_GAS, DevnetVM, Simulation, TracedComputation, minimum_gas
 from poip_chain.chain.devnet.views import hex_bytes
+from poip_chain.chain.devnet.vm import BASE_TRANSACTION_GAS, DevnetVM, Simulation, TracedComputation, minimum_gas
 
 _ERROR_SELECTOR = bytes.fromhex("08c379a0")
 _PANIC_SELECTOR = bytes.fromhex("4e487b71")
@@ -28,7 +28,14 @@ _CALL_STIPEND = 2_300
 ESTIMATE_TOLERANCE = 0.015
 """An estimate may exceed the least sufficient gas by this share: it saves half of the executions."""
 
-_CALL_NAMES = {0xF0: "CREATE", 0xF1: "CALL", 0xF2: "CALLCODE", 0xF4: "DELEGATECALL", 0xF5: "CREATE2", 0xFA: "STATICCALL"}
+_CALL_NAMES = {
+    0xF0: "CREATE",
+    0xF1: "CALL",
+    0xF2: "CALLCODE",
+    0xF4: "DELEGATECALL",
+    0xF5: "CREATE2",
+    0xFA: "STATICCALL",
+}
 
 
 def call(

@@ -6,8 +6,8 @@ from typing import Any
 
 import rlp
 from eth.abc import SignedTransactionAPI
-from eth_utils import keccak
-from trie import HexaryTrie
+from eth_hash.auto import keccak
+from trie.hexary import HexaryTrie
 
 from poip_chain.chain.devnet import execution
 from poip_chain.chain.devnet.chain import Devnet, SealedBlock
@@ -31,6 +31,7 @@ from poip_chain.chain.devnet.params import (
 from poip_chain.chain.devnet.rpc import method
 from poip_chain.chain.devnet.views import (
     JsonObject,
+    base_fee,
     block_view,
     effective_price,
     hex_bytes,
@@ -108,9 +109,11 @@ class EthMethods:
     @method
     def eth_feeHistory(self, count: object, newest: object, percentiles: object = None) -> JsonObject:
         blocks = min(quantity(count, "block count", most=2**63), MAX_FEE_HISTORY)
-        shares = [] if percentiles is None else [
-            _percentile(item) for item in sequence(percentiles, "percentiles", most=100)
-        ]
+        shares = (
+            []
+            if percentiles is None
+            else [_percentile(item) for item in sequence(percentiles, "percentiles", most=100)]
+        )
         if shares != sorted(shares):
             raise InvalidParams("percentiles must rise")
         with self._devnet.lock:
@@ -123,10 +126,10 @@ class EthMethods:
             if last.block_number == self._devnet.head.block_number:
                 following = self._devnet.next_base_fee()
             else:
-                following = self._devnet.header_by_number(last.block_number + 1).base_fee_per_gas
+                following = base_fee(self._devnet.header_by_number(last.block_number + 1))
         history: JsonObject = {
             "oldestBlock": hex(first),
-            "baseFeePerGas": [*(hex(header.base_fee_per_gas) for header in headers), hex(following)],
+            "baseFeePerGas": [*(hex(base_fee(header)) for header in headers), hex(following)],
             "gasUsedRatio": [header.gas_used / header.gas_limit for header in headers],
             "baseFeePerBlobGas": ["0x1"] * (len(headers) + 1),
             "blobGasUsedRatio": [0.0] * len(headers),
@@ -247,9 +250,7 @@ class EthMethods:
 
     @method
     def eth_getTransactionByBlockHashAndIndex(self, block_hash: object, index: object) -> JsonObject | None:
-        return self.eth_getTransactionByBlockNumberAndIndex(
-            hex_bytes(data(block_hash, "block hash", length=32)), index
-        )
+        return self.eth_getTransactionByBlockNumberAndIndex(hex_bytes(data(block_hash, "block hash", length=32)), index)
 
     @method
     def eth_getTransactionReceipt(self, transaction_hash: object) -> JsonObject | None:
@@ -274,9 +275,7 @@ class EthMethods:
             return {"raw": hex_bytes(self._sign(request))}
 
     def _sign(self, request: CallRequest) -> bytes:
-        account = next(
-            (one for one in self._devnet.accounts if bytes.fromhex(one.address[2:]) == request.sender), None
-        )
+        account = next((one for one in self._devnet.accounts if bytes.fromhex(one.address[2:]) == request.sender), None)
         if account is None:
             raise InvalidInput(
                 f"no key for {shown_address(request.sender)}: sign yourself and use eth_sendRawTransaction, "
@@ -285,7 +284,7 @@ class EthMethods:
         fields: dict[str, Any] = {
             "chainId": self._devnet.config.chain_id,
             "nonce": self._devnet.pending_nonce(request.sender) if request.nonce is None else request.nonce,
-            "to": hex_bytes(request.to) if request.to else b"",
+            "to": request.to,
             "value": request.value,
             "data": request.data,
             "gas": execution.estimate(self._devnet, request, "latest") if request.gas is None else request.gas,
@@ -309,9 +308,7 @@ class EthMethods:
     @method
     def eth_call(self, transaction: object, block: object = None, overrides: object = None) -> str:
         return hex_bytes(
-            execution.call(
-                self._devnet, call_request(transaction), block_reference(block), state_overrides(overrides)
-            )
+            execution.call(self._devnet, call_request(transaction), block_reference(block), state_overrides(overrides))
         )
 
     @method
@@ -443,10 +440,10 @@ def _rewards(sealed: SealedBlock, shares: list[float]) -> list[str]:
     """The priority fee paid at each percentile of a block's gas (EIP-1559's eth_feeHistory)."""
     if not sealed.transactions:
         return ["0x0"] * len(shares)
-    base_fee = sealed.header.base_fee_per_gas
+    base = base_fee(sealed.header)
     before, paid = 0, []
     for transaction, receipt in zip(sealed.transactions, sealed.receipts, strict=True):
-        paid.append((effective_price(transaction, base_fee) - base_fee, receipt.gas_used - before))
+        paid.append((effective_price(transaction, base) - base, receipt.gas_used - before))
         before = receipt.gas_used
     paid.sort()
     rewards = []
@@ -461,4 +458,4 @@ def _rewards(sealed: SealedBlock, shares: list[float]) -> list[str]:
 
 
 def _nodes(trie: HexaryTrie, key: bytes) -> list[str]:
-    return [hex_bytes(rlp.encode(node)) for node in trie.get_proof(key)]
+    return [hex_bytes(rlp.encode(node)) for node in trie.get_proof(key)]  # type: ignore[no-untyped-call]

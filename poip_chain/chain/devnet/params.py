@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eth_bloom import BloomFilter
-from eth_utils import to_checksum_address
+from eth_bloom.bloom import BloomFilter
+from eth_utils.address import to_checksum_address
 
 from poip_chain.chain.devnet.errors import InvalidParams
 from poip_chain.chain.devnet.overrides import AccountOverride
@@ -163,7 +163,9 @@ def state_overrides(value: object) -> tuple[AccountOverride, ...]:
                 balance=None if fields.get("balance") is None else quantity(fields["balance"], "balance"),
                 nonce=None if fields.get("nonce") is None else quantity(fields["nonce"], "nonce", most=2**64 - 2),
                 code=None if fields.get("code") is None else data(fields["code"], "code"),
-                storage={quantity(slot, "storage slot"): quantity(word, "storage value") for slot, word in slots.items()},
+                storage={
+                    quantity(slot, "storage slot"): quantity(word, "storage value") for slot, word in slots.items()
+                },
                 replaces_storage="state" in fields,
             )
         )
@@ -192,9 +194,7 @@ class LogCriteria:
             return False
         if len(self.topics) > len(topics):
             return False
-        return all(
-            wanted is None or topic in wanted for wanted, topic in zip(self.topics, topics, strict=False)
-        )
+        return all(wanted is None or topic in wanted for wanted, topic in zip(self.topics, topics, strict=False))
 
 
 def log_criteria(value: Mapping[str, Any]) -> LogCriteria:

@@ -21,7 +21,9 @@ STOP_SECONDS = 10.0
 class DevnetProcess:
     """A running node. `url` is its HTTP address, `ws_url` its WebSocket address."""
 
-    def __init__(self, block_time: float | None = None, db: Path | None = None, arguments: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, block_time: float | None = None, db: Path | None = None, arguments: tuple[str, ...] = ()
+    ) -> None:
         """Start and wait until it answers. block_time in seconds; None seals each transaction at once.
 
         Raises Unavailable, with the end of the node's log, if it does not come up.
@@ -29,7 +31,7 @@ class DevnetProcess:
         self._directory = tempfile.TemporaryDirectory(prefix="devnet-")
         folder = Path(self._directory.name)
         ready, self.log_path = folder / "ready", folder / "log"
-        pace = ("--automine",) if block_time is None else ("--block-time", str(block_time))
+        pace: tuple[str, ...] = ("--automine",) if block_time is None else ("--block-time", str(block_time))
         if "--no-mining" in arguments:
             pace = ()
         store = () if db is None else ("--db", str(db))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import rlp
 from eth._utils.address import generate_contract_address
@@ -18,6 +18,11 @@ JsonObject = dict[str, Any]
 def hex_bytes(raw: bytes) -> str:
     """0x hex of bytes."""
     return "0x" + bytes(raw).hex()
+
+
+def base_fee(header: BlockHeaderAPI) -> int:
+    """The base fee of a block, in wei per gas; every block here has one."""
+    return cast(int, header.base_fee_per_gas)
 
 
 def header_view(header: BlockHeaderAPI) -> JsonObject:
@@ -39,11 +44,11 @@ def header_view(header: BlockHeaderAPI) -> JsonObject:
         "extraData": hex_bytes(header.extra_data),
         "mixHash": hex_bytes(header.mix_hash),
         "nonce": hex_bytes(header.nonce),
-        "baseFeePerGas": hex(header.base_fee_per_gas),
-        "withdrawalsRoot": hex_bytes(header.withdrawals_root),
+        "baseFeePerGas": hex(base_fee(header)),
+        "withdrawalsRoot": hex_bytes(cast(bytes, header.withdrawals_root)),
         "blobGasUsed": hex(header.blob_gas_used),
         "excessBlobGas": hex(header.excess_blob_gas),
-        "parentBeaconBlockRoot": hex_bytes(header.parent_beacon_block_root),
+        "parentBeaconBlockRoot": hex_bytes(cast(bytes, header.parent_beacon_block_root)),
         "requestsHash": hex_bytes(header.requests_hash),  # type: ignore[attr-defined]
     }
 
@@ -102,9 +107,7 @@ def transaction_view(transaction: SignedTransactionAPI, sealed: SealedBlock | No
         return view
     view["maxFeePerGas"] = hex(transaction.max_fee_per_gas)
     view["maxPriorityFeePerGas"] = hex(transaction.max_priority_fee_per_gas)
-    price = (
-        transaction.max_fee_per_gas if sealed is None else effective_price(transaction, sealed.header.base_fee_per_gas)
-    )
+    price = transaction.max_fee_per_gas if sealed is None else effective_price(transaction, base_fee(sealed.header))
     view["gasPrice"] = hex(price)
     return view
 
@@ -126,7 +129,7 @@ def receipt_view(sealed: SealedBlock, index: int) -> JsonObject:
         "contractAddress": created,
         "cumulativeGasUsed": hex(receipt.gas_used),
         "gasUsed": hex(receipt.gas_used - before),
-        "effectiveGasPrice": hex(effective_price(transaction, sealed.header.base_fee_per_gas)),
+        "effectiveGasPrice": hex(effective_price(transaction, base_fee(sealed.header))),
         "type": hex(transaction.type_id or 0),
         "status": "0x1" if receipt.state_root == b"\x01" else "0x0",
         "logsBloom": f"0x{receipt.bloom:0512x}",

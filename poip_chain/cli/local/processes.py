@@ -71,9 +71,7 @@ class Supervisor:
                 elapsed = time.monotonic() - begin
                 code = self._running[program.name].poll()
                 if code is not None:
-                    raise Unavailable(
-                        f"{program.name} ended with code {code}.", hint=self._log_hint(program.name)
-                    )
+                    raise Unavailable(f"{program.name} ended with code {code}.", hint=self._log_hint(program.name))
                 if program.ready_url is None or _answers(program.ready_url):
                     waiting.remove(program)
                     progress(program.name, elapsed)

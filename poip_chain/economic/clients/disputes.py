@@ -8,10 +8,10 @@ from web3.exceptions import Web3Exception
 
 from poip_chain.chain.rpc import Call
 from poip_chain.economic.clients.base import ContractClient
-from poip_chain.economic.types import Evidence
+from poip_chain.economic.types import CaseStatus, ChallengeInfo, DemandInfo, Evidence
 from poip_chain.spec.objects import Batch, Part, Receipt, Request, SamplingParams
 from poip_chain.spec.offences import TranscriptRoots
-from poip_chain.spec.types import Address
+from poip_chain.spec.types import Address, Hash32
 
 NO_LEAF = 255
 """The `part` of prove_transcript that brings no leaf."""
@@ -68,11 +68,23 @@ class Availability(ContractClient):
 
     def challenge_info(self, challenge_id: int) -> ChallengeInfo:
         """A challenge; `status` is 0 for an unknown one."""
-        return ChallengeInfo(*self.read("challenge_info", challenge_id))
+        values = self.read("challenge_info", challenge_id)
+        batch_id, index, part, first_leaf, deadline, status, bond = (int(value) for value in values[1:])
+        challenger = Address(str(values[0]))
+        return ChallengeInfo(challenger, batch_id, index, part, first_leaf, deadline, CaseStatus(status), bond)
 
     def demand_info(self, demand_id: int) -> DemandInfo:
         """A demand to commit; `status` is 0 for an unknown one."""
-        return DemandInfo(*self.read("demand_info", demand_id))
+        values = self.read("demand_info", demand_id)
+        return DemandInfo(
+            Address(str(values[0])),
+            Address(str(values[1])),
+            values[2],
+            values[3],
+            CaseStatus(values[4]),
+            Hash32(bytes(values[5])),
+            values[6],
+        )
 
     def claimable(self, account: Address) -> int:
         """What an account may claim, wei."""

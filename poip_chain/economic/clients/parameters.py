@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from poip_chain.chain.rpc import Call
 from poip_chain.economic.clients.base import ContractClient
+from poip_chain.economic.parameters import parameter_key
 from poip_chain.economic.types import ParameterInfo
-from poip_chain.errors import InvalidInput, NotFound, TransactionFailed
+from poip_chain.errors import NotFound, TransactionFailed
 
 
 class Parameters(ContractClient):
@@ -16,13 +17,13 @@ class Parameters(ContractClient):
     def value(self, name: str) -> int:
         """The current value. Raises NotFound for an unknown name."""
         try:
-            return int(self.read("value", encode_name(name)))
+            return int(self.read("value", parameter_key(name)))
         except TransactionFailed as error:
             raise NotFound(f"there is no parameter {name!r}.", hint="`poip params list` shows all.") from error
 
     def value_at(self, name: str, revision: int) -> int:
         """The value in an earlier revision, as a batch pins it."""
-        return int(self.read("value_at", encode_name(name), revision))
+        return int(self.read("value_at", parameter_key(name), revision))
 
     def revision(self) -> int:
         """How many changes there were."""
@@ -35,7 +36,7 @@ class Parameters(ContractClient):
     def describe(self, name: str) -> ParameterInfo:
         """A parameter with its bounds. Raises NotFound for an unknown name."""
         try:
-            value, minimum, maximum, unit = self.read("describe", encode_name(name))
+            value, minimum, maximum, unit = self.read("describe", parameter_key(name))
         except TransactionFailed as error:
             raise NotFound(f"there is no parameter {name!r}.", hint="`poip params list` shows all.") from error
         return ParameterInfo(name, int(value), int(minimum), int(maximum), str(unit))
@@ -46,11 +47,4 @@ class Parameters(ContractClient):
 
     def set_value(self, name: str, value: int) -> Call:
         """By the owner only, within the bounds."""
-        return self.call("set_value", encode_name(name), value)
-
-
-def encode_name(name: str) -> bytes:
-    """A parameter's name as the contract keeps it: ASCII, left-aligned in 32 bytes."""
-    if not name or len(name) > 32 or not name.isascii():
-        raise InvalidInput(f"a parameter's name is 1 to 32 ASCII characters, not {name[:60]!r}.")
-    return name.encode().ljust(32, b"\0")
+        return self.call("set_value", parameter_key(name), value)

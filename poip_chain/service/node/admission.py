@@ -6,7 +6,6 @@ code (docs/architecture.md, "Node HTTP API").
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -86,28 +85,6 @@ class Account:
     running: int
     available: int
     settled: int
-
-
-def parse_json(body: bytes) -> Any:
-    """The JSON value of a request body. Raises InvalidInput; refuses NaN, Infinity, repeated names, huge numbers and
-    nesting beyond Python's own limit."""
-    try:
-        return json.loads(body, parse_constant=_constant, object_pairs_hook=_unique)
-    except RecursionError as error:
-        raise InvalidInput("the body is nested too deeply.") from error
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError included
-        raise InvalidInput(f"the body is not valid JSON: {str(error)[:200]}.") from error
-
-
-def _constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("an object names a field twice")
-    return value
 
 
 def parse_voucher(data: Any, *, name: str = "voucher", flat: bool) -> SignedVoucher:

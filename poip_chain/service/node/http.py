@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from poip_chain.errors import InvalidInput, NotFound, PoipError
-from poip_chain.service.node.admission import MAX_BODY_BYTES, parse_json, parse_submission, parse_voucher
+from poip_chain.service.node.admission import MAX_BODY_BYTES, parse_submission, parse_voucher
 from poip_chain.service.node.answers import ACCESS_HEADER
 from poip_chain.service.node.execution import ErrorEvent, Event, Job, ReceiptEvent, TokenEvent
 from poip_chain.service.node.faults import crash_point
@@ -25,6 +25,7 @@ from poip_chain.service.node.receipts import receipt_json
 from poip_chain.service.node.refusals import RequestRefused, error_body
 from poip_chain.service.node.schema import StoredReceipt
 from poip_chain.spec.eip712 import parse_hex
+from poip_chain.spec.strict_json import parse_json
 from poip_chain.spec.transcript import Transcript
 
 log = structlog.get_logger("poip.node")
