@@ -247,5 +247,5 @@ def _check_profile(profile: IModelRegistry.Profile, config: IModelRegistry.Model
 @internal
 @pure
 def _check_table(table: DynArray[IModelRegistry.ThresholdRow, 8]):
-    for i: uint256 in range(1, len(table), bound=7):
+    for i: uint256 in range(1, max(1, len(table)), bound=7):
         assert table[i - 1].tokens < table[i].tokens, "models: table out of order"

@@ -116,6 +116,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         cli.main(args=None if arguments is None else list(arguments), prog_name="poip", standalone_mode=False)
     except click.exceptions.Exit as exit_:
         return int(exit_.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx is not None else "", err=True)
+        return EXIT_USAGE
     except click.UsageError as error:
         output.usage_error(error)
         return EXIT_USAGE
@@ -155,7 +158,3 @@ def main() -> None:
     # A service manager's stop request ends long-running commands as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     sys.exit(run())
-
-
-if __name__ == "__main__":
-    main()

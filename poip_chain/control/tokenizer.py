@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 TEMPLATE_DATE = datetime(2024, 7, 26)
 """The date of every chat template: the one that Llama 3's template falls back to where no clock is given."""
 MAX_FILE_BYTES = 64 * 2**20
+MAX_MESSAGES = 1000
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 MAX_HELD_TOKENS = 16
@@ -133,6 +134,39 @@ class Tokenizer:
                 "this model has no chat template.", hint="Use /v1/completions, or a model made for conversations."
             )
         return environment.from_string(source)
+
+
+def conversation(messages: Any) -> list[dict[str, str]]:
+    """OpenAI chat messages as the template gets them: role and text, nothing else. Raises InvalidInput.
+
+    A content in parts is joined. What this model cannot see (images, tool calls) is refused, not dropped.
+    """
+    if not isinstance(messages, list) or not 0 < len(messages) <= MAX_MESSAGES:
+        raise InvalidInput(f"messages must be a list of 1 to {MAX_MESSAGES} messages.")
+    result = []
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if not isinstance(message, dict):
+            raise InvalidInput(f"{where} must be an object.")
+        given = {name for name, value in message.items() if value is not None}
+        if odd := sorted(given - {"role", "content", "name", "refusal", "annotations"}):
+            raise InvalidInput(f"{where} has {odd[0]!r:.40}, which this model does not take.")
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not 0 < len(role) <= 32:
+            raise InvalidInput(f"{where}.role must be a short text such as 'user'.")
+        if isinstance(content, list):
+            content = "".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
+        if not isinstance(content, str):
+            raise InvalidInput(f"{where}.content must be a text, or a list of text parts.")
+        # "developer" is what newer clients call the system's instructions.
+        result.append({"role": "system" if role == "developer" else role, "content": content})
+    return result
+
+
+def _part(part: Any, where: str) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise InvalidInput(f"{where} must be a text part: this model takes nothing but text.")
+    return str(part["text"])
 
 
 class Detokenizer:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.contracts import system
+from tests.contracts.network import Network, Server, deploy_network
 
 
 @pytest.fixture(scope="module")
@@ -31,3 +32,15 @@ def models() -> Any:
 def staking() -> system.Staking:
     """A registry with its surroundings."""
     return system.deploy_staking()
+
+
+@pytest.fixture(scope="session")
+def network() -> Network:
+    """All contracts, wired and sealed, with the default parameters."""
+    return deploy_network()
+
+
+@pytest.fixture
+def server(network: Network) -> Server:
+    """A staked node of `network`."""
+    return Server.start(network)

@@ -27,6 +27,7 @@ from poip_chain.spec.offences import TranscriptRoots
 from poip_chain.spec.transcript import Transcript, prompt_root
 from poip_chain.spec.types import ZERO_ADDRESS, Address
 from tests.contracts import system
+from tests.contracts.headers import header
 from tests.contracts.system import CONTRACTS, OWNER, POIP, Account, account
 
 NO_BATCH = Batch(0, ZERO_ADDRESS, bytes(32), 0, bytes(32), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -87,8 +88,6 @@ class Network:
 
     def submit_beacon(self, batch: Batch, mix_hash: bytes = b"\x42" * 32) -> bytes:
         """Make the block of the batch's beacon pass, with this mixHash, and submit its header."""
-        from tests.contracts.test_beacon import header
-
         target = batch.block_number + self.value("beacon_delay")
         raw = header(target, mix_hash)
         boa.env.evm.patch.block_number = target + 1
@@ -129,9 +128,7 @@ def deploy_network(overrides: Mapping[str, int] | None = None) -> Network:
         registry.seal()
         log.seal()
     model_id = system.add_model(models)
-    return Network(
-        token, parameters, models, registry, log, vault, offences, availability, model_id, treasury
-    )
+    return Network(token, parameters, models, registry, log, vault, offences, availability, model_id, treasury)
 
 
 @dataclass(frozen=True)

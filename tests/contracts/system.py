@@ -79,9 +79,7 @@ def deploy_token(holder: Address = OWNER.address) -> Any:
     return load(CONTRACTS / "token/PoipToken.vy", holder, INITIAL_SUPPLY, MAXIMUM_SUPPLY)
 
 
-def deploy_parameters(
-    overrides: Mapping[str, int] | None = None, base: tuple[Parameter, ...] = PARAMETERS
-) -> Any:
+def deploy_parameters(overrides: Mapping[str, int] | None = None, base: tuple[Parameter, ...] = PARAMETERS) -> Any:
     """Parameters with the defaults, some replaced."""
     rows = [parameter.as_tuple() for parameter in with_values(base, overrides or {})]
     return load(CONTRACTS / "governance/Parameters.vy", rows)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import boa
 import pytest
-import rlp
 from eth_hash.auto import keccak
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.contracts.headers import header
 
 HARNESS = """
 # pragma version 0.4.3
@@ -44,34 +45,6 @@ HISTORY_CODE = bytes.fromhex(
     "3373fffffffffffffffffffffffffffffffffffffffe14604657602036036042575f35600143038111604257611fff8143031160425761"
     "1fff9006545f5260205ff35b5f5ffd5b5f35611fff60014303065500"
 )
-
-
-def header(number: int, mix_hash: bytes, **changes: Any) -> bytes:
-    """A Prague block header; `fields` of a few of its items can be given."""
-    fields: dict[str, Any] = {
-        "parent_hash": b"\x11" * 32,
-        "uncles_hash": b"\x22" * 32,
-        "coinbase": b"\x33" * 20,
-        "state_root": b"\x44" * 32,
-        "transactions_root": b"\x55" * 32,
-        "receipts_root": b"\x66" * 32,
-        "bloom": bytes(256),
-        "difficulty": 0,
-        "number": number,
-        "gas_limit": 60_000_000,
-        "gas_used": 21_000,
-        "timestamp": 1_800_000_000,
-        "extra_data": b"",
-        "mix_hash": mix_hash,
-        "nonce": bytes(8),
-        "base_fee": 7,
-        "withdrawals_root": b"\x77" * 32,
-        "blob_gas_used": 0,
-        "excess_blob_gas": 0,
-        "parent_beacon_root": b"\x88" * 32,
-        "requests_hash": b"\x99" * 32,
-    } | changes
-    return rlp.encode([rlp.sedes.big_endian_int.serialize(v) if isinstance(v, int) else v for v in fields.values()])
 
 
 @cache

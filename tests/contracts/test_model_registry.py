@@ -9,7 +9,6 @@ import boa
 import pytest
 
 from poip_chain.spec.objects import ModelConfig, ModelSpec, Profile, ThresholdRow
-from tests.contracts import system
 from tests.contracts.system import OWNER, account, add_model, model_config, model_spec, now, profile
 
 STRANGER = account("stranger").address

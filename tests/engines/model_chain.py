@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 
 from eth_hash.auto import keccak
 
-from poip_chain.economic.types import BatchStatus, Offer, ReceiptInBatch, TranscriptRoots
+from poip_chain.economic.types import BatchStatus, Offer, ReceiptInBatch
 from poip_chain.errors import NotFound, TransactionFailed, Unavailable
 from poip_chain.service.node.ports import Answered, Asked, Change, Committed, Ended, Escrow, SentState
 from poip_chain.service.node.schema import Duty, DutyKind
 from poip_chain.spec.eip712 import Domain
 from poip_chain.spec.merkle import root_from_proof, verify_proof
 from poip_chain.spec.objects import Batch, FinishReason, Part, Profile, Request, SamplingParams, Voucher
+from poip_chain.spec.offences import TranscriptRoots
 from poip_chain.spec.transcript import Transcript, leaf_count
 from poip_chain.spec.types import ZERO_HASH, Address
 

@@ -117,7 +117,10 @@ def scores_vectors() -> dict[str, Any]:
     return {
         "seed": seed.hex(),
         "positions": positions,
-        "threshold": {"table": [list(row) for row in table], "cases": [[n, scores.threshold(rows, n)] for n in lengths]},
+        "threshold": {
+            "table": [list(row) for row in table],
+            "cases": [[n, scores.threshold(rows, n)] for n in lengths],
+        },
     }
 
 

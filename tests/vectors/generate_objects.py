@@ -232,9 +232,7 @@ def object_vectors() -> dict[str, Any]:
             }
             for item in samples[kind]
         ]
-    out["batch"] = [
-        {"object": item.to_json(), "abi_hash": hex_of(batch_hash(item))} for item in samples["batch"]
-    ]
+    out["batch"] = [{"object": item.to_json(), "abi_hash": hex_of(batch_hash(item))} for item in samples["batch"]]
     out["params"] = [
         {"object": item.to_json(), "params_hash": hex_of(item.params_hash())} for item in samples["params"]
     ]

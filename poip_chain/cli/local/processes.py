@@ -27,11 +27,12 @@ LOG_TAIL_LINES = 15
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One process to run. `ready_url` answers 200 once it serves; None: it is ready when started."""
+    """One process to run. It is ready when `ready_url` answers 200, `ready_port` accepts, or (neither) it has started."""
 
     name: str
     command: Sequence[str]
     ready_url: str | None = None
+    ready_port: int | None = None
     environment: dict[str, str] = field(default_factory=dict)
     ready_timeout: float = 60.0
 
@@ -72,7 +73,7 @@ class Supervisor:
                 code = self._running[program.name].poll()
                 if code is not None:
                     raise Unavailable(f"{program.name} ended with code {code}.", hint=self._log_hint(program.name))
-                if program.ready_url is None or _answers(program.ready_url):
+                if _is_ready(program):
                     waiting.remove(program)
                     progress(program.name, elapsed)
                 elif elapsed > program.ready_timeout:
@@ -169,11 +170,16 @@ def stop_running(directory: Path) -> list[str]:
     return list(processes)
 
 
-def free_port() -> int:
-    """A TCP port on the loopback interface that is free right now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def preferred_port(port: int) -> int:
+    """`port` if it is free on the loopback interface right now, else one that is."""
+    for candidate in (port, 0):
+        with socket.socket() as listener:
+            # As servers do: a port whose last connections are still closing counts as free.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                listener.bind(("127.0.0.1", candidate))
+                return int(listener.getsockname()[1])
+    raise Unavailable("no TCP port is free on 127.0.0.1.")
 
 
 def _start_time(pid: int) -> str:
@@ -188,6 +194,14 @@ def _start_time(pid: int) -> str:
 def _signal_group(pid: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, number)
+
+
+def _is_ready(program: Program) -> bool:
+    if program.ready_port is not None:
+        with socket.socket() as probe:
+            probe.settimeout(1.0)
+            return probe.connect_ex(("127.0.0.1", program.ready_port)) == 0
+    return program.ready_url is None or _answers(program.ready_url)
 
 
 def _answers(url: str) -> bool:

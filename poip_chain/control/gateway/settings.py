@@ -25,6 +25,9 @@ class ModelEntry(BaseModel):
 
     name: str = Field(min_length=1, max_length=128)
     directory: Path
+    model_id: str | None = Field(
+        None, pattern="^0x[0-9a-fA-F]{64}$", description="default: computed from the directory, weights included"
+    )
     profile_version: int | None = Field(None, ge=1, description="default: the newest that may be served")
 
 

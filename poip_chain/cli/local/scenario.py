@@ -1,0 +1,240 @@
+"""What the demonstration does with a running local network, and when it is over.
+
+It asks real questions through the unmodified OpenAI SDK, then follows the chain until honest fees are final and
+withdrawn and the cheat has lost its stake, telling each event as it happens. Nothing is scripted beyond the questions
+and the cheat's habits: the cheat is found by the beacon's random selection.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import cycle
+from typing import Any
+
+from poip_chain.cli.local.network import MODEL_NAME, LocalNetwork, LocalNode
+from poip_chain.economic.money import format_amount
+from poip_chain.economic.network import Network
+from poip_chain.economic.types import BatchStatus
+from poip_chain.errors import ConfigurationError, Unavailable
+from poip_chain.proof.store import AuditRow, open_store
+
+QUESTIONS = (
+    "What is a blockchain? Answer in two sentences.",
+    "Name three planets and say one thing about each.",
+    "Write a short poem about the sea.",
+    "What does a hash function do?",
+    "Explain gravity to a child.",
+    "Give me a recipe for pancakes.",
+    "Why is the sky blue?",
+    "What is the capital of France, and what is it known for?",
+)
+MAX_TOKENS = 48
+FIRST_QUESTIONS = 8
+MAX_QUESTIONS = 60
+ENOUGH_FOR_THE_CHEAT = 2
+"""Batches that the cheat must have committed: it answers for its first audited transcript and withholds the next."""
+POLL_SECONDS = 1.0
+
+
+@dataclass
+class Progress:
+    """What has happened so far, to tell each thing once."""
+
+    told: set[str] = field(default_factory=set)
+    answers: dict[str, int] = field(default_factory=dict)
+
+
+class Scenario:
+    """One run over a started network. `tell` gets a line for each event."""
+
+    def __init__(self, local: LocalNetwork, network: Network, tell: Callable[[str], None], seconds: float) -> None:
+        self._local = local
+        self._network = network
+        self._tell = tell
+        self._deadline = time.monotonic() + seconds
+        self._progress = Progress()
+        self._names = {node.node_key.address: node.name for node in local.nodes}
+        self._start_block = network.deployment.block
+
+    def run(self) -> None:
+        """Ask, wait, tell. Raises Unavailable if the network does not get there in time."""
+        questions = cycle(QUESTIONS)
+        asked = 0
+        for _ in range(FIRST_QUESTIONS):
+            self._ask(next(questions), stream=asked % 2 == 0)
+            asked += 1
+        while not self._over():
+            self._local.supervisor.check()
+            if time.monotonic() > self._deadline:
+                raise Unavailable(
+                    f"the demonstration did not finish in time; still open: {', '.join(self._open_ends())}.",
+                    hint=f"The logs are in {self._local.directory / 'logs'}.",
+                )
+            self._tell_chain()
+            if asked < MAX_QUESTIONS and self._traffic_needed():
+                self._ask(next(questions), stream=asked % 2 == 0)
+                asked += 1
+            else:
+                time.sleep(POLL_SECONDS)
+        self._tell_chain()
+
+    # questions
+
+    def _ask(self, question: str, *, stream: bool) -> None:
+        try:
+            from openai import OpenAI
+        except ImportError as error:
+            raise ConfigurationError(
+                "the demonstration asks its questions through the openai package, which is not installed.",
+                hint="pip install openai",
+            ) from error
+        client = OpenAI(base_url=f"{self._local.gateway_url}/v1", api_key="demo", max_retries=0, timeout=120.0)
+        messages: list[Any] = [{"role": "user", "content": question}]
+        begin = time.monotonic()
+        if stream:
+            text, extra = "", {}
+            for chunk in client.chat.completions.create(
+                model=MODEL_NAME, messages=messages, max_tokens=MAX_TOKENS, temperature=0.7, stream=True
+            ):
+                text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
+                extra = (chunk.model_extra or {}).get("poip") or extra
+        else:
+            answer = client.chat.completions.create(
+                model=MODEL_NAME, messages=messages, max_tokens=MAX_TOKENS, temperature=0.7
+            )
+            text, extra = answer.choices[0].message.content or "", (answer.model_extra or {}).get("poip") or {}
+        receipt = extra["proof"]["receipt"]
+        name = self._names.get(receipt["node"], receipt["node"])
+        self._progress.answers[name] = self._progress.answers.get(name, 0) + 1
+        seconds = time.monotonic() - begin
+        self._tell(f'  "{question}"')
+        self._tell(f"    -> {' '.join(text.split())[:100]}...")
+        self._tell(
+            f"    {name}, receipt {receipt['seq']}, {receipt['output_tokens']} tokens in {seconds:.1f} s, "
+            f"fee {format_amount(int(receipt['fee']))}{', streamed' if stream else ''}"
+        )
+
+    def _traffic_needed(self) -> bool:
+        """Whether the cheat has too few batches, or an honest node has none: then more questions are asked."""
+        committed = {name: 0 for name in self._names.values()}
+        for event in self._committed():
+            committed[self._names[event["node"]]] += 1
+        cheat = self._cheat()
+        if self._convicted(cheat) or self._network.registry.info(cheat.node_key.address).jailed_until:
+            return any(not committed[node.name] for node in self._honest())
+        withheld = any(a.verdict == "withheld" or a.state == "challenged" for _, a in self._audits_of(cheat))
+        return not withheld or any(not committed[node.name] for node in self._honest())
+
+    # the chain
+
+    def _cheat(self) -> LocalNode:
+        return next(node for node in self._local.nodes if node.degradation)
+
+    def _honest(self) -> list[LocalNode]:
+        return [node for node in self._local.nodes if not node.degradation]
+
+    def _committed(self) -> list[dict[str, Any]]:
+        return self._network.log.events("BatchCommitted", self._start_block)
+
+    def _audits_of(self, node: LocalNode) -> Iterator[tuple[int, AuditRow]]:
+        with open_store(self._local.directory / "watchtower") as store:
+            nodes = {row.batch.id: row.batch.node for row in store.batches()}
+            audits = store.audits()
+        for audit in audits:
+            if nodes.get(audit.batch_id) == node.node_key.address:
+                yield audit.batch_id, audit
+
+    def _convicted(self, node: LocalNode) -> bool:
+        return bool(self._network.log.events("BatchConvicted", self._start_block, topics=[None, _topic(node)]))
+
+    def _over(self) -> bool:
+        return not self._open_ends()
+
+    def _open_ends(self) -> list[str]:
+        """What still has to happen."""
+        ends = []
+        cheat = self._cheat()
+        if not any(audit.verdict == "fraud" for _, audit in self._audits_of(cheat)):
+            ends.append("the verdict on the cheat's weights")
+        if not self._convicted(cheat):
+            ends.append("the cheat's conviction for withholding")
+        pending = [
+            e["batch_id"] for e in self._committed() if self._network.log.status(e["batch_id"]) is BatchStatus.PENDING
+        ]
+        if pending:
+            ends.append(f"finality of batches {pending}")
+        ends += [f"{node.name}'s withdrawal" for node in self._honest() if not self._withdrew(node)]
+        return ends
+
+    def _withdrew(self, node: LocalNode) -> bool:
+        """Whether everything that the node has committed is final, collected, settled and paid out."""
+        address = node.node_key.address
+        vault = self._network.vault
+        payers = [self._gateway()]
+        fees = self._network.log.node_cum(address)
+        return (
+            bool(fees)
+            and vault.earned(address) == 0
+            and all(vault.settled(p, address) == fees for p in payers)
+            and not any(
+                vault.bucket(event["batch_id"], payer)
+                for event in self._committed()
+                if event["node"] == address
+                for payer in payers
+            )
+        )
+
+    def _gateway(self) -> Any:
+        from poip_chain.chain.keys import development_key
+        from poip_chain.cli.local.network import GATEWAY
+
+        return development_key(GATEWAY).address
+
+    def _tell_chain(self) -> None:
+        log, told = self._network.log, self._progress.told
+        for event in self._committed():
+            batch = log.batch_of(event)
+            self._once(
+                told,
+                f"commit {batch.id}",
+                f"batch {batch.id}: {self._names[batch.node]} commits {batch.count} receipts worth "
+                f"{format_amount(batch.total_fee)}, {format_amount(batch.lock)} of its stake locked",
+            )
+        for event in log.events("BatchFinal", self._start_block):
+            self._once(told, f"final {event['batch_id']}", f"batch {event['batch_id']}: final, stake released")
+        for event in log.events("BatchConvicted", self._start_block):
+            self._once(
+                told,
+                f"convicted {event['batch_id']}",
+                f"batch {event['batch_id']}: CONVICTED, {self._names[event['node']]} loses "
+                f"{format_amount(event['taken'])}, the watchtower gets {format_amount(event['paid'])}",
+            )
+        for node in self._local.nodes:
+            for batch_id, audit in self._audits_of(node):
+                if audit.state == "challenged":
+                    text = f"audit of batch {batch_id}, receipt {audit.position}: withheld, challenged on chain"
+                    self._once(told, f"challenge {batch_id} {audit.position}", f"{text} ({node.name})")
+                if audit.verdict:
+                    self._once(told, f"audit {batch_id} {audit.position}", _audit_line(node, batch_id, audit))
+
+    def _once(self, told: set[str], key: str, text: str) -> None:
+        if key not in told:
+            told.add(key)
+            self._tell(text)
+
+
+def _topic(node: LocalNode) -> str:
+    return "0x" + node.node_key.address[2:].lower().rjust(64, "0")
+
+
+def _audit_line(node: LocalNode, batch_id: int, audit: AuditRow) -> str:
+    line = f"audit of batch {batch_id}, receipt {audit.position} ({node.name}): {audit.verdict}"
+    if "margin_sum" in audit.detail:
+        detail = audit.detail
+        line += (
+            f" (over {detail['tokens']} tokens: margin {detail['margin_sum'] / 65536:.2f} logits, largest "
+            f"{detail['margin_max'] / 65536:.2f}, fingerprint {detail['fingerprint_sum'] / 64:.1f} nat)"
+        )
+    return line
