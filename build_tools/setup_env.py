@@ -86,7 +86,7 @@ def fingerprint(paths: Sequence[Path], *extra: str) -> str:
 def wanted_stamp(environment: Environment) -> dict[str, str]:
     """What a finished environment records: hashes of its locks, and of what its package depends on."""
     locks = [*environment.lock_paths, REQUIREMENTS / "bootstrap.lock", REQUIREMENTS / "build.lock"]
-    stamp = {"locks": fingerprint(locks, sys.version, str(ROOT))}
+    stamp = {"locks": fingerprint(locks, str(ROOT))}
     if environment.has_package:
         stamp["package"] = fingerprint([ROOT / "pyproject.toml"], str(ROOT))
     return stamp
@@ -140,6 +140,18 @@ def run(what: str, command: Sequence[str], environment: Mapping[str, str], fix: 
         finished = subprocess.run(command, cwd=ROOT, env=dict(environment), check=False)
     if finished.returncode:
         raise SetupError(f"Failed while {what} (exit code {finished.returncode}; its own words are above).\n{fix}")
+
+
+def is_usable(environment: Environment) -> bool:
+    """True if the folder holds a virtual environment of the right Python whose interpreter and pip still run."""
+    program = "import pip, sys; print(*sys.version_info[:2])"
+    try:
+        asked = subprocess.run(
+            [str(environment.python), "-c", program], capture_output=True, text=True, check=False
+        ).stdout
+    except OSError:
+        return False
+    return tuple(map(int, asked.split())) == PYTHON_VERSION
 
 
 def create(environment: Environment) -> None:
@@ -203,7 +215,7 @@ def check_disk() -> None:
 def install(environment: Environment) -> None:
     """Make the environment hold exactly what its locks say."""
     count = sum(len(re.findall(r"^\S+==", path.read_text(), re.MULTILINE)) for path in environment.lock_paths)
-    if not environment.python.exists() or not (environment.path / "bin" / "pip").exists():
+    if not is_usable(environment):
         print(f"[1/4] making {environment.folder}", flush=True)
         create(environment)
     else:

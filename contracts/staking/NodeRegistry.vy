@@ -663,7 +663,7 @@ def _check_operator(node: address):
 @view
 def _check_operator_or_key(node: address):
     if msg.sender != self._records[node].operator:
-        assert msg.sender == self._committer(node), "registry: not operator or node k"
+        assert msg.sender == self._committer(node), "registry: not operator or key"
 
 
 @internal

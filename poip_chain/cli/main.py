@@ -117,7 +117,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.exceptions.Exit as exit_:
         return int(exit_.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.ctx.get_help() if error.ctx is not None else "", err=True)
+        click.echo(error.format_message(), err=True)
         return EXIT_USAGE
     except click.UsageError as error:
         output.usage_error(error)

@@ -307,6 +307,10 @@ class Ledger:
             ).fetchall()
         return [_attempt(row) for row in rows]
 
+    def attempt(self, request_hash: bytes, node: Address) -> Attempt | None:
+        """One attempt, or None."""
+        return next((attempt for attempt in self.of_request(request_hash) if attempt.node == node), None)
+
     def body(self, request_hash: bytes) -> SignedRequest | None:
         """The request as it was sent, its prompt ids empty once it is settled; None if it is unknown."""
         with self._mutex:
@@ -331,6 +335,19 @@ class Ledger:
         with self._mutex:
             nodes = [row["node"] for row in self._db.execute("SELECT node FROM accounts ORDER BY node")]
             return [self._account(node) for node in nodes]
+
+    def last_used(self, node: Address) -> int:
+        """When a request last went to a node, Unix seconds; 0 if never."""
+        with self._mutex:
+            row = self._db.execute(
+                "SELECT MAX(created_at) FROM requests JOIN attempts USING (request_hash) WHERE node = ?", (node,)
+            ).fetchone()
+        return int(row[0] or 0)
+
+    def unblock(self, node: Address) -> None:
+        """Deal with a node again after its wrong answer was looked into."""
+        with self._transaction() as db:
+            db.execute("UPDATE accounts SET blocked = '' WHERE node = ?", (node,))
 
     # --- inside a transaction ----------------------------------------------------------------------------------
 

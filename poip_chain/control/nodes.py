@@ -15,7 +15,7 @@ import ipaddress
 import random
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -223,10 +223,11 @@ class NodeDirectory:
         self,
         need: Need,
         *,
-        exclude: Collection[Address] = (),
-        free_escrow: Callable[[Address], int | None] | None = None,
+        barred: Mapping[Address, str] | None = None,
+        free_escrow: Mapping[Address, int] | None = None,
     ) -> Choice:
-        """A node for a request. `free_escrow` gives what may still be spent with a node, None if that is not known.
+        """A node for a request. `barred`: nodes that must not get it, with the reason; `free_escrow`: what may still be
+        spent with each node in wei, where that is known.
 
         Raises NoNode, with the reason for each.
         """
@@ -235,7 +236,7 @@ class NodeDirectory:
         fit: list[tuple[Standing, Offer]] = []
         for standing in self._standing.values():
             offer = standing.offer(need)
-            why = self._why_not(standing, offer, need, now, exclude, free_escrow)
+            why = self._why_not(standing, offer, need, now, barred or {}, free_escrow or {})
             if why or offer is None:
                 refused.append(Considered(standing.node.address, 0.0, why or "does not offer this model"))
             else:
@@ -264,12 +265,12 @@ class NodeDirectory:
         offer: Offer | None,
         need: Need,
         now: float,
-        exclude: Collection[Address],
-        free_escrow: Callable[[Address], int | None] | None,
+        barred: Mapping[Address, str],
+        free_escrow: Mapping[Address, int],
     ) -> str:
         node = standing.node.address
-        if node in exclude:
-            return "already tried for this request"
+        if node in barred:
+            return barred[node]
         if standing.unfit:
             return standing.unfit
         if offer is None:
@@ -278,7 +279,7 @@ class NodeDirectory:
             return f"benched for {standing.benched_until - now:.0f} s more: {standing.last_failure}"
         if standing.running >= standing.capacity or standing.in_flight >= standing.capacity:
             return "busy"
-        free = free_escrow(node) if free_escrow else None
+        free = free_escrow.get(node)
         if free is not None and free < need.max_fee(offer):
             return f"escrow with it has {free} wei free, the request may cost {need.max_fee(offer)}"
         return ""

@@ -78,7 +78,7 @@ class TorchSource:
                 f"{model_directory} cannot be loaded for re-execution: {error}",
                 hint="Run `poip model prepare` on it first.",
             ) from error
-        self._model = model.eval()
+        self.model = model.eval()
 
     def rows(self, answers: Sequence[Answer]) -> Iterator[tuple[int, int, Row]]:
         """See LogitSource. Answers are padded on the right into shared forwards; causality keeps them independent."""
@@ -88,11 +88,11 @@ class TorchSource:
             width = max(map(len, sequences))
             ids = torch.tensor([[*sequence, *[0] * (width - len(sequence))] for sequence in sequences])
             with torch.inference_mode():
-                hidden = self._model.model(input_ids=ids, use_cache=False).last_hidden_state
+                hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
                 for line, i in enumerate(group):
                     first = len(answers[i].prompt_ids) - 1
                     for position in range(len(answers[i].output_ids)):
-                        logits = self._model.lm_head(hidden[line, first + position])
+                        logits = self.model.lm_head(hidden[line, first + position])
                         yield i, position, Row(quantise_array(logits.numpy()))
 
 

@@ -187,8 +187,15 @@ class ModelChain:
     def open_cases(self, batch: Batch) -> int:
         return self._up().cases.get(batch.id, 0)
 
-    def bucket(self, batch: Batch, payer: Address) -> int:
-        return self._up().buckets.get((batch.id, payer), 0)
+    def _at(self, depth: int) -> State:
+        now = self._up()
+        return self._blocks[-min(depth, len(self._blocks))][0] if depth and self._blocks else now
+
+    def settled(self, payer: Address, depth: int = 0) -> int:
+        return self._at(depth).settled.get(payer, 0)
+
+    def bucket(self, batch: Batch, payer: Address, depth: int = 0) -> int:
+        return self._at(depth).buckets.get((batch.id, payer), 0)
 
     def earned(self) -> int:
         return self._up().earned

@@ -85,7 +85,7 @@ class Client:
             output_price=self.served.output_price,
             client_seed=bytes(range(32)),
             client_nonce=nonce or secrets.token_bytes(32),
-            deadline=self.now + 600,
+            deadline=self.now + 10**6,
         ).replace(**changes)
         return {
             "request": request.to_json(),

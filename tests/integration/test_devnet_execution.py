@@ -331,6 +331,7 @@ def test_legacy_access_list_and_dynamic_fee_transactions(w3: Web3) -> None:
 
 
 def test_fee_history_and_suggestions(w3: Web3, probe: Contract) -> None:
+    rpc(w3, "anvil_mine", 3)
     receipt = sent(w3, probe.functions.store(1, 2), maxPriorityFeePerGas=5, maxFeePerGas=10**11)
     history = w3.eth.fee_history(4, "latest", [25.0, 75.0])
     assert history["oldestBlock"] == receipt["blockNumber"] - 3

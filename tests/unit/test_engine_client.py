@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from tests.engines.scripted_engine import Event, ScriptedEngine, token_event
 
 from poip_chain.errors import IntegrityError, InvalidInput, Unavailable
 from poip_chain.service.engine.client import (
@@ -20,11 +19,12 @@ from poip_chain.service.engine.client import (
 )
 from poip_chain.spec import sampler
 from poip_chain.spec.transcript import prompt_root
+from tests.engines.scripted_engine import Event, ScriptedEngine, token_event
 
 PROMPT = [5, 6, 7]
 SEED = bytes(range(32))
 EOS = 2
-LOGPROBS = {token: -0.1 - 0.7 * k for k, token in enumerate((11, 12, 13, 14, 15, 16, 17, 18, EOS))}
+LOGPROBS = {token: -0.1 - 0.7 * k for k, token in enumerate((11, 12, 13, EOS, 14, 15, 16, 17, 18))}
 
 
 def answer(position: int, temperature: int = 700) -> int:

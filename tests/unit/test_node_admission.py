@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poip_chain.errors import InvalidInput, InvalidSignature, PoipError
@@ -146,21 +146,23 @@ def test_malformed_bodies(change: Callable[[dict[str, Any]], None]) -> None:
     assert len(error_body(caught.value)["error"]["message"]) <= MAX_MESSAGE + 4
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x), max_leaves=8))  # fmt: skip
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None)
+@given(JSON_VALUES)
 def test_any_json_is_refused_properly(value: Any) -> None:
     for parse in (parse_submission, lambda v: parse_voucher(v, flat=False), lambda v: parse_voucher(v, flat=True)):
         with pytest.raises(InvalidInput):
             parse(value)
 
 
-@given(
-    st.sampled_from(["request", "params", "signature", "prompt_ids"]),
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-        lambda x: st.lists(x) | st.dictionaries(st.text(), x),
-        max_leaves=6,
-    ),
-)
+@settings(deadline=None)
+@given(st.sampled_from(["request", "params", "signature", "prompt_ids"]), JSON_VALUES)
 def test_any_part_may_be_wrong(part: str, value: Any) -> None:
     body = copy.deepcopy(CLIENT.body(nonce=bytes(32)))
     body[part] = value

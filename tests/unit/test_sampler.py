@@ -13,11 +13,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.vectors.generate_numeric import EDGE_BITS, render, sampler_vectors
 
 from poip_chain.errors import InvalidInput
 from poip_chain.service.engine import noise
 from poip_chain.spec import sampler
+from tests.vectors.generate_numeric import EDGE_BITS, render, sampler_vectors
 
 VECTORS = Path(__file__).resolve().parent.parent / "vectors"
 BITS = st.integers(0, 2**32 - 1)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.vectors.generate_numeric import render, scores_vectors
 
 from poip_chain.errors import InvalidInput
 from poip_chain.spec import sampler, scores
 from poip_chain.spec.objects import Profile, ThresholdRow
 from poip_chain.spec.scores import Scores, Verdict
+from tests.vectors.generate_numeric import render, scores_vectors
 
 SEED = bytes(range(32))
 LOGIT = 65536

@@ -104,6 +104,16 @@ def test_a_set_up_cut_short_is_done_again(environment: setup_env.Environment, mo
     assert setup_env.read_stamp(environment) == {}
 
 
+def test_only_a_working_environment_of_the_right_python_is_kept(environment: setup_env.Environment) -> None:
+    assert not setup_env.is_usable(environment)
+    script(environment.python, "echo 3 12")
+    assert not setup_env.is_usable(environment)
+    script(environment.python, "echo 3 11")
+    assert setup_env.is_usable(environment)
+    environment.python.unlink()
+    assert not setup_env.is_usable(environment)
+
+
 def test_missing_torch_build_stops_with_advice(environment: setup_env.Environment) -> None:
     asked = setup_env.ROOT / "asked"
     script(environment.path / "bin" / "uv", f'echo "$@" > {asked}\necho "no such version" >&2\nexit 1')

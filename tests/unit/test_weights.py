@@ -16,11 +16,11 @@ from eth_hash.auto import keccak
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tests.vectors.generate_numeric import TINY, render, tiny_tensors, weights_vectors
 
 from poip_chain.errors import IntegrityError, InvalidInput, UnsupportedModel
 from poip_chain.service.engine import checkpoint, default_model, fast_weights, model
 from poip_chain.spec import merkle, weights
+from tests.vectors.generate_numeric import TINY, render, tiny_tensors, weights_vectors
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 floats = st.floats(allow_nan=False, allow_infinity=False, width=32)
@@ -266,4 +266,4 @@ def test_degraded_copies_are_other_models(directory: Path, tmp_path: Path, kind:
 def test_the_default_models_pin_is_the_lock_file() -> None:
     lock = (ROOT / "requirements" / "model.lock").read_text()
     wanted = " ".join(line.strip(" \\") for line in lock.splitlines() if not line.strip().startswith("#"))
-    assert default_model.REQUIREMENT == wanted
+    assert wanted == default_model.REQUIREMENT

@@ -85,13 +85,13 @@ def estimate(
         raise failure(computation)
     used = simulation.gas_used(computation)
     lowest = used - 1
-    likely = (used + computation.get_gas_refund() + _CALL_STIPEND) * 64 // 63
-    if likely < highest:
-        _, tried = attempt(likely)
-        if tried is None or tried.is_error:
+    for likely in (used, (used + computation.get_gas_refund() + _CALL_STIPEND) * 64 // 63):
+        if likely < highest:
+            _, tried = attempt(likely)
+            if tried is not None and not tried.is_error:
+                highest = likely
+                break
             lowest = likely
-        else:
-            highest = likely
     while lowest + 1 < highest and (highest - lowest) / highest >= ESTIMATE_TOLERANCE:
         middle = min((lowest + highest) // 2, lowest * 2)
         _, tried = attempt(middle)

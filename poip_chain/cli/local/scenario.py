@@ -94,7 +94,8 @@ class Scenario:
         messages: list[Any] = [{"role": "user", "content": question}]
         begin = time.monotonic()
         if stream:
-            text, extra = "", {}
+            text = ""
+            extra: dict[str, Any] = {}
             for chunk in client.chat.completions.create(
                 model=MODEL_NAME, messages=messages, max_tokens=MAX_TOKENS, temperature=0.7, stream=True
             ):

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
+
+from web3.types import BlockIdentifier
 
 from poip_chain.chain.follower import Added, Event, Follower
 from poip_chain.chain.keys import Key
@@ -52,6 +55,8 @@ class NetworkChain:
         self.chain_id = network.chain.chain_id
         self.log_domain = network.domain("log")
         self.vault_domain = network.domain("vault")
+        # The last of the contracts is there from this block on: a view cannot be asked of an earlier one.
+        self._first_block = max(deployed.block for deployed in network.deployment.contracts.values())
         self.registry_address = network.address("NodeRegistry")
         self._outbox = Outbox(network.chain, key, outbox_path or data / "outbox" / f"{key.address}.db")
         self._follower = Follower(
@@ -115,9 +120,19 @@ class NetworkChain:
         """See NodeChain."""
         return self._network.log.open_cases(batch.id)
 
-    def bucket(self, batch: Batch, payer: Address) -> int:
+    def settled(self, payer: Address, depth: int = 0) -> int:
         """See NodeChain."""
-        return self._network.vault.bucket(batch.id, payer)
+        return int(self._network.vault.read("settled", payer, self.node, block=self._block(depth)))
+
+    def bucket(self, batch: Batch, payer: Address, depth: int = 0) -> int:
+        """See NodeChain."""
+        return int(self._network.vault.read("bucket", batch.id, payer, block=self._block(depth)))
+
+    def _block(self, depth: int) -> BlockIdentifier:
+        """The block `depth` below the newest, but not before the network was there."""
+        if depth == 0:
+            return "latest"
+        return cast(BlockIdentifier, max(self._network.chain.block_number() - depth, self._first_block))
 
     def earned(self) -> int:
         """See NodeChain."""

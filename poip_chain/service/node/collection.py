@@ -63,7 +63,7 @@ def plan_collection(receipts: Sequence[Receipt], vouchers: Sequence[StoredVouche
 
 
 class Collector:
-    """One idempotent round per method. `patience` and `withdraw_threshold` are the node's settings."""
+    """One idempotent round per method. `patience`, `withdraw_threshold` and `depth` (finality_blocks) are settings."""
 
     def __init__(
         self,
@@ -74,9 +74,10 @@ class Collector:
         *,
         patience: float,
         withdraw_threshold: int | None,
+        depth: int,
     ) -> None:
         self._store, self._ledger, self._chain, self._transactions = store, ledger, chain, transactions
-        self._patience, self._threshold = patience, withdraw_threshold
+        self._patience, self._threshold, self._depth = patience, withdraw_threshold, depth
 
     def collect(self, chain_time: int) -> None:
         """Send at most one collect per payer, for its oldest batch that is still due."""
@@ -99,14 +100,18 @@ class Collector:
         waited = chain_time >= batch.committed_at + self._patience
         if plan is None and not waited:
             return False
-        settled = self._chain.escrow(due.payer).settled
-        if settled >= due.high:
-            return self._close(due, CollectionState.COLLECTED)
+        settled = self._chain.settled(due.payer)
         if plan is not None and plan.reach > settled and (plan.reach == due.high or plan.moved_on or waited):
             self._send(due, batch, stored, plan, settled)
             return False
-        if waited or (plan is not None and plan.moved_on):
-            return self._close(due, CollectionState.COLLECTED if settled > due.low else CollectionState.VOID)
+        # A step back in what is believed: only what a reorganisation will not undo closes an interval.
+        safe = self._chain.settled(due.payer, self._depth)
+        if safe >= due.high:
+            return self._close(due, CollectionState.COLLECTED)
+        if settled >= due.high:
+            return True  # done as far as one can see; the next one need not wait for certainty
+        if safe == settled and (waited or (plan is not None and plan.moved_on)):
+            return self._close(due, CollectionState.COLLECTED if safe > due.low else CollectionState.VOID)
         return False
 
     def _send(self, due: Collection, batch: Batch, stored: StoredBatch, plan: Plan, settled: int) -> None:
@@ -139,22 +144,23 @@ class Collector:
             stored = self._store.batch_at(collection.first_seq)
             if stored is None or stored.batch is None:
                 continue
-            if self._settle(collection, stored.batch):
+            self._settle(collection, stored.batch)
+            if self._chain.bucket(stored.batch, collection.payer, self._depth) == 0:
                 crash_point("settled")
                 self._ledger.set_collection(collection, CollectionState.SETTLED)
+                log.info("settled", batch_id=stored.batch.id)
 
-    def _settle(self, collection: Collection, batch: Batch) -> bool:
-        """True if the bucket is empty."""
-        if self._chain.status(batch) is not BatchStatus.FINAL:
-            return False
+    def _settle(self, collection: Collection, batch: Batch) -> None:
+        amount = self._chain.bucket(batch, collection.payer)
+        if amount == 0 or self._chain.status(batch) is not BatchStatus.FINAL:
+            return
 
         def send(key: str) -> None:
             self._chain.send_settle(key, batch, collection.payer)
             crash_point("settle_sent")
 
         # A bucket can be filled again after a partial collect: the amount makes it another job.
-        amount = self._chain.bucket(batch, collection.payer)
-        return self._transactions.ensure(
+        self._transactions.ensure(
             f"settle:{batch.id}:{collection.payer}:{amount}",
             lambda: self._chain.bucket(batch, collection.payer) == 0,
             send,

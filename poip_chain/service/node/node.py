@@ -137,6 +137,7 @@ class Node:
             transactions,
             patience=settings.voucher_patience,
             withdraw_threshold=settings.withdraw_threshold,
+            depth=settings.finality_blocks,
         )
         self.jobs = Jobs(
             store=store,

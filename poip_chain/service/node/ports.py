@@ -118,8 +118,11 @@ class NodeChain(Protocol):
     def open_cases(self, batch: Batch) -> int:
         """How many cases keep the batch from becoming final."""
 
-    def bucket(self, batch: Batch, payer: Address) -> int:
-        """What was collected for the batch and is not settled yet, wei."""
+    def settled(self, payer: Address, depth: int = 0) -> int:
+        """How far of the payer's running total is settled, as of `depth` blocks below the newest, wei."""
+
+    def bucket(self, batch: Batch, payer: Address, depth: int = 0) -> int:
+        """What was collected for the batch and is not settled yet, as of `depth` blocks below the newest, wei."""
 
     def earned(self) -> int:
         """What may be withdrawn, wei."""

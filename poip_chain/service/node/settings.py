@@ -65,6 +65,9 @@ class NodeSettings(BaseModel):
         None, ge=1, description="earnings are withdrawn to the payout address from this amount on; default: on demand"
     )
     confirmations: int = Field(0, ge=0, le=256, description="blocks before an event is believed")
+    finality_blocks: int = Field(
+        3, ge=0, le=128, description="blocks after which a payment is believed for good; views are asked that far back"
+    )
     poll_interval: float = Field(1.0, gt=0)
     retry_delay: float = Field(5.0, ge=0, description="first wait before a failed transaction is tried again")
     transcript_retention: float = Field(30 * 86_400.0, ge=0, description="how long transcripts are kept after finality")

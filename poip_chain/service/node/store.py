@@ -397,6 +397,8 @@ class Store:
                 "UPDATE batches SET state = ?, batch_id = NULL, batch = NULL, ended_at = NULL WHERE first_seq = ?",
                 (BatchState.COMPOSED, first_seq),
             )
+            # Whatever was collected for the batch went with it.
+            db.execute("UPDATE collections SET state = 'due' WHERE first_seq = ? AND low != high", (first_seq,))
 
     def set_ended(self, batch_id: int, state: BatchState, now: int) -> None:
         """Note that a batch became FINAL or CONVICTED, or (COMMITTED) that a reorganisation undid that.

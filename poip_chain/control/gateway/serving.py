@@ -1,0 +1,382 @@
+"""From an `Ask` to text: choose a node, sign, stream, detokenise, stop, retry, account for it, hand over the proof.
+
+One `Gateway` per process. It holds no HTTP of its own; app.py puts the OpenAI API on top. Prompts and answers are never
+logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from poip_chain.control.checks import BadAnswer, SignedRequest, end_ids
+from poip_chain.control.client import Answer, Escrow, NodeClient, NodeRefused, StreamBroken
+from poip_chain.control.gateway.asks import Ask
+from poip_chain.control.gateway.catalogue import Catalogue
+from poip_chain.control.gateway.errors import ApiError
+from poip_chain.control.gateway.escrow import EscrowManager
+from poip_chain.control.gateway.metrics import Metrics
+from poip_chain.control.gateway.settings import GatewaySettings
+from poip_chain.control.gateway.store import ApiKey, GatewayStore
+from poip_chain.control.nodes import Choice, Need, NodeDirectory, NoNode
+from poip_chain.control.tokenizer import StopStrings
+from poip_chain.control.view import ChainView
+from poip_chain.errors import InsufficientFunds, PoipError, Refused, Unavailable
+from poip_chain.spec.objects import FinishReason, Request
+from poip_chain.spec.transcript import prompt_root
+from poip_chain.spec.types import ZERO_ADDRESS, Address
+
+log = structlog.get_logger("poip.gateway")
+
+FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.CANCELLED: "stop"}
+"""OpenAI's names. Only a stop string makes a delivered answer end as cancelled."""
+LATE_RECEIPT_SECONDS = 10.0
+NODE_CODES = frozenset(
+    {
+        "busy",
+        "voucher_due",
+        "insufficient_escrow",
+        "deadline_passed",
+        "engine_unavailable",
+        "price_too_low",
+        "unreachable",
+    }
+)
+"""Refusals that are counted by name; a node's other words must not become labels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some text of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The end of an answer. `proof` and `header` are None where the node has not delivered its receipt yet."""
+
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    proof: dict[str, Any] | None
+    header: str | None
+    request_hash: bytes
+    node: Address
+
+
+@dataclass
+class _Try:
+    """One request at one node, as it goes on."""
+
+    signed: SignedRequest
+    choice: Choice
+    answer: Answer | None = None
+    finish_reason: str = ""
+    tokens: int = 0
+
+
+@dataclass
+class Gateway:
+    """See the module's docstring."""
+
+    settings: GatewaySettings
+    chain: ChainView
+    client: NodeClient
+    directory: NodeDirectory
+    catalogue: Catalogue
+    store: GatewayStore
+    metrics: Metrics
+    escrow: EscrowManager | None = None
+    clock: Callable[[], float] = time.time
+    running: int = 0
+    _escrows: dict[Address, Escrow] = field(default_factory=dict)
+    _live: set[bytes] = field(default_factory=set)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    # --- answering ---------------------------------------------------------------------------------------------
+
+    async def answer(self, ask: Ask, key: ApiKey | None) -> AsyncGenerator[Piece | Done, None]:
+        """Yield the answer's text, then one Done. Another node is asked as long as nothing was yielded.
+
+        An answer that is not streamed comes as one Piece, so it can be retried until its end. Closing the generator
+        cancels; what was produced until then is paid for later. Raises ApiError or another PoipError.
+        """
+        need = Need(ask.model.model_id, ask.model.profile_version, len(ask.prompt_ids), ask.max_tokens)
+        tried: dict[Address, str] = {}
+        signed: SignedRequest | None = None
+        failure: PoipError | None = None
+        for _ in range(self.settings.max_attempts):
+            try:
+                choice = await self._choose(need, tried)
+            except NoNode as error:
+                raise _unanswered(failure or error) from error
+            if signed is None or not _covers(signed.request, choice):
+                signed = await asyncio.to_thread(self._sign, ask, key, choice)
+            tried[choice.node] = "already tried for this request"
+            attempt, yielded, held = _Try(signed, choice), False, ""
+            try:
+                async with aclosing(self._attempt(ask, attempt)) as pieces:
+                    async for text in pieces:
+                        if ask.stream:
+                            yielded = True
+                            yield Piece(text)
+                        else:
+                            held += text
+            except (NodeRefused, InsufficientFunds, StreamBroken, BadAnswer, Refused) as error:
+                failure = error
+                self.metrics.node_failures.labels(reason=_reason(error)).inc()
+                log.warning("attempt failed", node=choice.node, code=_reason(error), streamed=yielded)
+                if yielded:
+                    raise _unanswered(error) from error
+                await self.client.abandon(signed, choice.node, "another node is asked")
+                continue
+            if held:
+                yield Piece(held)
+            yield await self._done(ask, attempt)
+            return
+        raise _unanswered(failure or Unavailable("no node answered."))
+
+    async def _choose(self, need: Need, tried: dict[Address, str]) -> Choice:
+        free: dict[Address, int] = {}
+        barred: dict[Address, str] = {}
+        for account in await asyncio.to_thread(self.client.ledger.accounts):
+            if account.blocked:
+                barred[account.node] = f"blocked after a wrong answer: {account.blocked}"
+            if (escrow := self._escrows.get(account.node)) is not None:
+                free[account.node] = escrow.available - account.committed(escrow.settled)
+        for node, escrow in self._escrows.items():
+            free.setdefault(node, escrow.available)
+        choice = self.directory.choose(need, barred={**barred, **tried}, free_escrow=free)
+        log.debug("node chosen", node=choice.node, considered=len(choice.considered))
+        return choice
+
+    def _sign(self, ask: Ask, key: ApiKey | None, choice: Choice) -> SignedRequest:
+        """Sign a request that any node may answer at these prices, and set aside what it may cost."""
+        request = Request(
+            client=self.client.signer.address,
+            node=ZERO_ADDRESS,
+            model_id=ask.model.model_id,
+            profile_version=ask.model.profile_version,
+            prompt_root=prompt_root(ask.prompt_ids),
+            prompt_tokens=len(ask.prompt_ids),
+            params_hash=ask.params.params_hash(),
+            max_tokens=ask.max_tokens,
+            input_price=choice.offer.input_price,
+            output_price=choice.offer.output_price,
+            client_seed=ask.client_seed,
+            client_nonce=secrets.token_bytes(32),
+            deadline=int(self.clock() + self.settings.request_lifetime),
+        )
+        signed = self.client.sign(request, ask.params, ask.prompt_ids)
+        if key is not None:
+            self.store.reserve(key.id, signed.request_hash, signed.max_fee())
+        return signed
+
+    async def _attempt(self, ask: Ask, attempt: _Try) -> AsyncGenerator[str, None]:
+        """The text of one node's answer; fills in `attempt`. Pays, or leaves it to be settled later."""
+        signed, choice = attempt.signed, attempt.choice
+        ends = end_ids(ask.params, ask.model.profile)
+        detokenizer, stops = ask.model.tokenizer.detokenizer(), StopStrings(ask.stop)
+        begun, first_token = time.monotonic(), None
+        self._live.add(signed.request_hash)
+        self.directory.started(choice.node)
+        complete = False
+        try:
+            async with aclosing(self.client.stream(choice.node, choice.url, signed, ask.model.profile)) as stream:
+                async for item in stream:
+                    if isinstance(item, Answer):
+                        attempt.answer = item
+                        break
+                    first_token = first_token or time.monotonic() - begun
+                    attempt.tokens += 1
+                    text = "" if item.token_id in ends else stops.push(detokenizer.push(item.token_id))
+                    if text:
+                        yield text
+                    if stops.found:
+                        break
+            if attempt.answer is not None and attempt.answer.state != "checked":
+                raise StreamBroken(choice.node, "answered a request that was given up", attempt.tokens)
+            if not stops.found and (text := stops.push(detokenizer.finish()) + stops.finish()):
+                yield text
+            if attempt.answer is None:
+                attempt.answer = await self._receipt_of_cancelled(signed, choice, ask)
+            complete = True
+            attempt.finish_reason = _finish_reason(attempt, stopped=stops.found)
+            self.directory.succeeded(choice.node, first_token or 0.0, time.monotonic() - begun, attempt.tokens)
+            if first_token is not None:
+                self.metrics.first_token_seconds.observe(first_token)
+        except (PoipError, asyncio.CancelledError, GeneratorExit) as error:
+            blame = isinstance(error, PoipError) and not isinstance(error, InsufficientFunds | ApiError)
+            self.directory.failed(choice.node, _reason(error), blame=blame)
+            raise
+        finally:
+            self._live.discard(signed.request_hash)
+            if not complete:
+                self._settle_soon(signed, choice, ask)
+
+    async def _receipt_of_cancelled(self, signed: SignedRequest, choice: Choice, ask: Ask) -> Answer | None:
+        """After a stop string: the receipt for what was produced, if the node has it in time."""
+        attempt = await asyncio.to_thread(self.client.ledger.attempt, signed.request_hash, choice.node)
+        if attempt is None:
+            return None
+        try:
+            return await self.client.recover(attempt, ask.model.profile, wait=self.settings.receipt_wait)
+        except Unavailable as error:
+            log.warning("receipt not fetched", node=choice.node, error=str(error)[:200])
+            return None
+
+    async def _done(self, ask: Ask, attempt: _Try) -> Done:
+        signed, answer = attempt.signed, attempt.answer
+        tokens = attempt.tokens if answer is None else answer.receipt.output_tokens
+        if answer is not None:
+            await asyncio.to_thread(self.store.close_spend, signed.request_hash, answer.receipt.fee)
+        self.metrics.tokens.labels(kind="prompt").inc(len(ask.prompt_ids))
+        self.metrics.tokens.labels(kind="completion").inc(tokens)
+        return Done(
+            finish_reason=attempt.finish_reason,
+            prompt_tokens=len(ask.prompt_ids),
+            completion_tokens=tokens,
+            proof=None if answer is None else self._proof(ask, answer),
+            header=None if answer is None else self._header(answer),
+            request_hash=signed.request_hash,
+            node=attempt.choice.node,
+        )
+
+    # --- proofs ------------------------------------------------------------------------------------------------
+
+    def _evidence(self, answer: Answer) -> dict[str, Any]:
+        return {
+            "receipt": answer.receipt.to_json(),
+            "signature": "0x" + answer.signature.hex(),
+            "request": answer.signed.request.to_json(),
+            "params": answer.signed.params.to_json(),
+            "request_signature": "0x" + answer.signed.signature.hex(),
+            "chain_id": self.chain.chain_id,
+            "log": self.chain.log_domain.verifying_contract,
+            "node_url": answer.node_url,
+        }
+
+    def _proof(self, ask: Ask, answer: Answer) -> dict[str, Any]:
+        return {
+            **self._evidence(answer),
+            "transcript": answer.transcript.to_json(),
+            "gateway_nonce": _hex(ask.gateway_nonce),
+            "user_nonce": _hex(ask.user_nonce),
+        }
+
+    def _header(self, answer: Answer) -> str:
+        text = json.dumps(self._evidence(answer), separators=(",", ":"))
+        return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+    # --- in the background -------------------------------------------------------------------------------------
+
+    async def refresh(self) -> None:
+        """Look at registry, nodes and escrow. Raises Unavailable without a chain."""
+        await self.directory.refresh()
+        payer = self.client.signer.address
+        nodes = [standing.node.address for standing in self.directory.standings()]
+
+        def read() -> dict[Address, Escrow]:
+            return {node: self.chain.escrow(payer, node) for node in nodes}
+
+        self._escrows = await asyncio.to_thread(read)
+        usable = sum(1 for standing in self.directory.standings() if not standing.unfit)
+        self.metrics.nodes.labels(state="usable").set(usable)
+        self.metrics.nodes.labels(state="unfit").set(len(nodes) - usable)
+
+    async def settle(self) -> None:
+        """One round of settling: receipts that are still owed, vouchers, spending, escrow. Idempotent."""
+        for trouble in await self.client.step(self.chain.profile, self.directory.url):
+            log.warning("not settled yet", error=trouble[:300])
+        await asyncio.to_thread(self._close_spending)
+        if self.escrow is not None:
+            standings = self.directory.standings()
+            usable = [standing.node.address for standing in standings if not standing.unfit]
+            known = [standing.node.address for standing in standings]
+            said = await asyncio.to_thread(self.escrow.step, usable, known)
+            for line in said:
+                log.info("escrow", what=line)
+            if said:
+                await self.refresh()
+        self.metrics.open_attempts.set(len(await asyncio.to_thread(self.client.ledger.attempts, "open", "abandoned")))
+
+    def _close_spending(self) -> None:
+        for request_hash in self.store.open_requests():
+            if request_hash in self._live:
+                continue
+            attempts = self.client.ledger.of_request(request_hash)
+            paid = next((attempt.receipt for attempt in attempts if attempt.state == "checked"), None)
+            if paid is not None:
+                self.store.close_spend(request_hash, paid.fee)
+            elif all(attempt.state != "open" for attempt in attempts):
+                self.store.close_spend(request_hash, 0)
+
+    def _settle_soon(self, signed: SignedRequest, choice: Choice, ask: Ask) -> None:
+        """The client has left or the node has stopped: ask for the receipt now rather than in the next round."""
+
+        async def settle() -> None:
+            attempt = await asyncio.to_thread(self.client.ledger.attempt, signed.request_hash, choice.node)
+            if attempt is not None and attempt.state in ("open", "abandoned"):
+                try:
+                    await self.client.recover(attempt, ask.model.profile, wait=LATE_RECEIPT_SECONDS)
+                except PoipError as error:
+                    log.info("receipt not fetched yet", node=choice.node, error=str(error)[:200])
+
+        self._spawn(settle())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def aclose(self) -> None:
+        """Finish what is under way in the background."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=LATE_RECEIPT_SECONDS)
+        await self.client.aclose()
+
+
+def _covers(request: Request, choice: Choice) -> bool:
+    """Whether a request that is signed already pays what this node asks."""
+    offer = choice.offer
+    return request.input_price >= offer.input_price and request.output_price >= offer.output_price
+
+
+def _finish_reason(attempt: _Try, *, stopped: bool) -> str:
+    if stopped or attempt.answer is None:
+        return "stop"
+    return FINISH[FinishReason(attempt.answer.receipt.finish_reason)]
+
+
+def _reason(error: BaseException) -> str:
+    """A short code for logs and metrics; texts may quote what a node or a client sent."""
+    if isinstance(error, NodeRefused):
+        return error.reason if error.reason in NODE_CODES else "refused"
+    return error.code if isinstance(error, PoipError) else "client_left"
+
+
+def _unanswered(error: PoipError) -> PoipError:
+    """What the client is told when no node answered: its own mistakes as such, everything else as 502 or 503."""
+    if isinstance(error, NodeRefused) and error.node_status in (400, 413):
+        return ApiError(400, error.reason, error.message)
+    if isinstance(error, BadAnswer):
+        return ApiError(502, "bad_answer", "the node's answer did not pass the checks; it is not paid.")
+    if isinstance(error, StreamBroken):
+        return ApiError(502, "node_stopped", error.message, hint="Send the request again.")
+    if isinstance(error, NoNode):
+        return error
+    return ApiError(503, "no_node_available", f"no node could take the request: {error.message}")
+
+
+def _hex(value: bytes | None) -> str | None:
+    return None if value is None else "0x" + value.hex()
