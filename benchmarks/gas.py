@@ -88,7 +88,7 @@ class _Bench:
 
     def _deploy(self, name: str, *arguments: Any) -> _Contract:
         made = artifact(name)
-        constructor = next((e["inputs"] for e in made.abi if e["type"] == "constructor"), [])
+        constructor: list[dict[str, Any]] = next((e["inputs"] for e in made.abi if e["type"] == "constructor"), [])
         nonce = self.chain.nonce(self.owner.public_key.to_canonical_address())
         self._transact(self.owner, b"", made.bytecode + encode([_type_of(i) for i in constructor], list(arguments)))
         sender = self.owner.public_key.to_canonical_address()

@@ -77,7 +77,7 @@ def version() -> String[16]:
     """
     @notice The version of this contract.
     """
-    return "1.0.0"
+    return "0.1.0"
 
 
 @external

@@ -218,22 +218,29 @@ _SENDING_OPTIONS: tuple[Callable[..., Any], ...] = (
 )
 
 
+_KEY_NAMES = ("key_name", "password_file")
+_SENDING_NAMES = ("yes", "dry_run")
+
+
 def command_context(function: Callable[..., R]) -> Callable[..., R]:
     """Gives a command --json, --config, --data, --rpc, --deployment; it gets a `Context` as its first argument."""
-    return _with(function, _SHARED_OPTIONS)
+    return _with(function, _SHARED_OPTIONS, ())
 
 
 def key_context(function: Callable[..., R]) -> Callable[..., R]:
     """As `command_context`, and --key and --password-file."""
-    return _with(function, (*_SHARED_OPTIONS, *_KEY_OPTIONS))
+    return _with(function, (*_SHARED_OPTIONS, *_KEY_OPTIONS), _KEY_NAMES)
 
 
 def sending_context(function: Callable[..., R]) -> Callable[..., R]:
     """As `key_context`, and --yes and --dry-run: for commands that send transactions."""
-    return _with(function, (*_SHARED_OPTIONS, *_SENDING_OPTIONS, *_KEY_OPTIONS))
+    options = (*_SHARED_OPTIONS, *_SENDING_OPTIONS, *_KEY_OPTIONS)
+    return _with(function, options, (*_KEY_NAMES, *_SENDING_NAMES))
 
 
-def _with(function: Callable[..., R], options: Sequence[Callable[..., Any]]) -> Callable[..., R]:
+def _with(function: Callable[..., R], options: Sequence[Callable[..., Any]], names: Sequence[str]) -> Callable[..., R]:
+    """`function` with the options; those called `names` go into the context, as the shared ones do."""
+
     @functools.wraps(function)
     def wrapper(
         *arguments: Any,
@@ -242,10 +249,6 @@ def _with(function: Callable[..., R], options: Sequence[Callable[..., Any]]) -> 
         data: Path | None,
         rpc_url: str | None,
         deployment: Path | None,
-        key_name: str | None = None,
-        password_file: Path | None = None,
-        yes: bool = False,
-        dry_run: bool = False,
         **keywords: Any,
     ) -> R:
         output.use_json(json_)
@@ -253,10 +256,7 @@ def _with(function: Callable[..., R], options: Sequence[Callable[..., Any]]) -> 
         context = Context(
             config=config,
             flags={name: value for name, value in flags.items() if value is not None},
-            key_name=key_name,
-            password_file=password_file,
-            yes=yes,
-            dry_run=dry_run,
+            **{name: keywords.pop(name) for name in names},
         )
         return function(context, *arguments, **keywords)
 

@@ -23,6 +23,7 @@ _PIPE_WIDTH = 200
 """Columns of a table that goes into a pipe or file: nothing is cut."""
 
 _json_mode = False
+_has_result = False
 
 
 class CheckFailed(PoipError):
@@ -33,8 +34,8 @@ class CheckFailed(PoipError):
 
 def reset() -> None:
     """Back to text output; each command line starts with it."""
-    global _json_mode
-    _json_mode = False
+    global _json_mode, _has_result
+    _json_mode = _has_result = False
 
 
 def use_json(enabled: bool) -> None:
@@ -50,6 +51,8 @@ def json_mode() -> bool:
 
 def result(data: Any, text: str | Callable[[], None] | None = None) -> None:
     """The command's result: `data` as JSON with --json; otherwise `text` (or what the function prints)."""
+    global _has_result
+    _has_result = True
     if _json_mode:
         click.echo(json.dumps(data, indent=2, default=_plain))
     elif callable(text):
@@ -95,8 +98,8 @@ def warning(text: str) -> None:
 
 
 def error(message: str, hint: str, code: str) -> None:
-    """A failure: on stderr, and with --json also as the document on stdout."""
-    if _json_mode:
+    """A failure: on stderr; with --json as the document on stdout, unless that holds a result already."""
+    if _json_mode and not _has_result:
         click.echo(json.dumps({"error": {"code": code, "message": message, "hint": hint}}, indent=2))
         return
     click.echo(click.style("Error: ", fg="red", bold=True) + message, err=True)

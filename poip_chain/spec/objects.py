@@ -113,7 +113,8 @@ class ModelSpec(TypedStruct):
 
 @dataclass(frozen=True, slots=True)
 class ThresholdRow:
-    """From `tokens` output tokens on, a sum of scores above `limit` is fraud (scores.py gives the units)."""
+    """At `tokens` output tokens a sum of scores above `limit` is fraud; longer answers scale the limit per token up to the
+    next row (`scores.threshold`, which gives the units, too)."""
 
     tokens: int
     limit: int

@@ -281,6 +281,11 @@ class Server:
         signature = system.sign(self.network.log, receipt, signer or self.key)
         return (receipt.values(), (NO_BATCH.values(), 0, [], signature))
 
+    def leave_jail(self) -> None:
+        """Wait for the jail period to end and go back to work."""
+        boa.env.time_travel(seconds=self.network.value("jail_period") + 1)
+        self.network.registry.unjail(self.node, sender=self.operator)
+
     def collect(
         self,
         voucher: Voucher,

@@ -44,7 +44,7 @@ def test_defaults_are_described(parameters: Any) -> None:
     for p in PARAMETERS:
         assert tuple(parameters.describe(p.key)) == (p.value, p.minimum, p.maximum, p.unit)
         assert parameters.value(p.key) == parameters.value_at(p.key, 0) == p.value
-    assert (parameters.revision(), parameters.version()) == (0, "1.0.0")
+    assert (parameters.revision(), parameters.version()) == (0, "0.1.0")
 
 
 def test_names_module_agrees() -> None:

@@ -278,6 +278,7 @@ class TestCollect:
         collect_all(funded, first)
         convict(network, first)
         network.vault.settle(first.batch.values(), CLIENT.address)
+        funded.leave_jail()
         forged = funded.serve(CLIENT, receipt_changes={"payer_cum": POIP, "fee": POIP})
         second = funded.commit([forged])
         voucher = voucher_for(network, CLIENT, first.answers[-1].receipt, last_receipt_hash=bytes(32))
@@ -299,7 +300,7 @@ class TestCollect:
             funded.collect(voucher, system.sign(network.vault, voucher, OTHER), committed)
         with boa.reverts("vault: voucher is not signed by its payer"):
             funded.collect(voucher, system.sign(network.log, voucher, CLIENT), committed)
-        elsewhere = Domain(1, network.vault.address)
+        elsewhere = Domain(boa.env.evm.patch.chain_id + 1, network.vault.address)
         with boa.reverts("vault: voucher is not signed by its payer"):
             funded.collect(voucher, voucher.sign(elsewhere, CLIENT.key), committed)
         with boa.reverts("vault: voucher is not signed by its payer"):

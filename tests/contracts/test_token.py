@@ -61,7 +61,7 @@ def test_metadata_and_supply(token: Any) -> None:
     assert token.totalSupply() == token.balanceOf(OWNER.address) == system.INITIAL_SUPPLY
     assert token.max_supply() == system.MAXIMUM_SUPPLY
     assert token.DOMAIN_SEPARATOR() == separator(token)
-    assert token.version() == "1.0.0"
+    assert token.version() == "0.1.0"
 
 
 def test_constructor_bounds() -> None:

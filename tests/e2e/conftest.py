@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ def model_dir() -> Path:
 @pytest.fixture(scope="session")
 def engine(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """See the module's docstring. Starting takes one to two minutes on two cores."""
+    faulthandler.cancel_dump_traceback_later()  # the start is no hang
     options = EngineOptions(
         model=model_dir, served_name=SERVED_NAME, log_file=tmp_path_factory.mktemp("engine") / "engine.log"
     )

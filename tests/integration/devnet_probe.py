@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 from vyper import compile_code
 from web3 import Web3
 from web3.contract import Contract
+from web3.providers import JSONBaseProvider
+from web3.types import RPCEndpoint, RPCResponse
+
+from poip_chain.chain.devnet.config import DevnetConfig
+from poip_chain.chain.devnet.server import Node
 
 PROBE = """
 # pragma version 0.4.3
@@ -77,8 +84,10 @@ def pass_on(first: uint256, count: uint256):
 def tree() -> uint256:
     extcall Probe(self).store(1, 2)
     _: bool = raw_call(self, method_id("refuse_silently()"), revert_on_failure=False)
-    __: bool = raw_call(self, abi_encode(convert(3, uint256), method_id=method_id("refuse(uint256)")), revert_on_failure=False)
-    raw_call(self, abi_encode(convert(5, uint256), convert(6, uint256), method_id=method_id("store(uint256,uint256)")), is_delegate_call=True)
+    small: Bytes[36] = abi_encode(convert(3, uint256), method_id=method_id("refuse(uint256)"))
+    __: bool = raw_call(self, small, revert_on_failure=False)
+    both: Bytes[68] = abi_encode(convert(5, uint256), convert(6, uint256), method_id=method_id("store(uint256,uint256)"))
+    raw_call(self, both, is_delegate_call=True)
     return staticcall Probe(self).values(1)
 
 @external
@@ -88,6 +97,10 @@ def spin(count: uint256) -> bytes32:
     for _: uint256 in range(count, bound=1000000):
         word = keccak256(word)
     return word
+
+@external
+def dive():
+    _: bool = raw_call(self, method_id("dive()"), revert_on_failure=False)
 
 @external
 def create() -> address:
@@ -108,6 +121,29 @@ def deploy(w3: Web3, sender: str) -> Contract:
     receipt = w3.eth.wait_for_transaction_receipt(factory.constructor().transact({"from": sender}), poll_latency=0.01)
     assert receipt["status"] == 1
     return w3.eth.contract(address=receipt["contractAddress"], abi=output["abi"])
+
+
+class NodeProvider(JSONBaseProvider):
+    """A client's connection to a node in the same process: requests and answers are JSON, but no socket is needed."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__()
+        self.node = node
+
+    def make_request(self, method: RPCEndpoint, params: Any) -> RPCResponse:
+        request = self.encode_rpc_request(method, params)
+        return self.decode_rpc_response(self.node.dispatcher.answer_text(request).encode())
+
+
+@contextlib.contextmanager
+def local_node(**settings: Any) -> Iterator[Web3]:
+    """A client of a node that lives in this process; with automine unless told otherwise."""
+    node = Node(DevnetConfig(**{"block_time": None, "automine": True, **settings}))
+    node.start()
+    try:
+        yield Web3(NodeProvider(node))
+    finally:
+        node.stop()
 
 
 def rpc(w3: Web3, method: str, *parameters: Any) -> Any:

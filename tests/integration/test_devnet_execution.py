@@ -15,14 +15,13 @@ from web3.contract import Contract
 from web3.exceptions import ContractLogicError, Web3RPCError
 from web3.types import TxReceipt
 
-from poip_chain.chain.devnet.testing import running_devnet
-from tests.integration.devnet_probe import deploy, rpc
+from tests.integration.devnet_probe import deploy, local_node, rpc
 
 
 @pytest.fixture(scope="module")
 def w3() -> Iterator[Web3]:
-    with running_devnet() as url:
-        yield Web3(Web3.HTTPProvider(url))
+    with local_node() as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +107,7 @@ def test_state_overrides_last_for_one_call(w3: Web3, probe: Contract) -> None:
     code = rpc(w3, "eth_getCode", probe.address, "latest")
     stranger = "0x" + "ab" * 20
     call = {"from": stranger, "to": stranger, "data": probe.encode_abi("surroundings"), "value": "0x5"}
-    with pytest.raises(ValueError, match="enough balance|afford"):
+    with pytest.raises(ValueError, match=r"enough balance|afford"):
         rpc(w3, "eth_call", {**call, "data": "0x"}, "latest")
     rpc(w3, "eth_call", {**call, "data": "0x"}, "latest", {stranger: {"balance": "0x5"}})
     overrides = {stranger: {"code": code, "stateDiff": {slot: "0x9"}}}
@@ -166,7 +165,7 @@ def test_estimate_of_plain_transfers_and_of_what_cannot_work(w3: Web3) -> None:
     assert w3.eth.estimate_gas({"from": first, "to": second, "value": 1}) == 21_000
     with_data = w3.eth.estimate_gas({"from": first, "to": second, "data": b"\xff" * 100})
     assert with_data == 21_000 + 100 * 40  # the floor of EIP-7623, above the intrinsic gas
-    with pytest.raises(Web3RPCError, match="enough balance|afford"):
+    with pytest.raises(Web3RPCError, match=r"enough balance|afford"):
         w3.eth.estimate_gas({"from": first, "to": second, "value": 10**30})
     with pytest.raises(Web3RPCError, match="allowance"):
         w3.eth.estimate_gas({"from": first, "to": second, "gas": 20_000, "data": b"\x01"})
@@ -256,11 +255,29 @@ def test_polled_filters(w3: Web3, probe: Contract) -> None:
 def test_header_hash_can_be_recomputed_from_json(w3: Web3, probe: Contract) -> None:
     number = sent(w3, probe.functions.store(1, 2))["blockNumber"]
     block = rpc(w3, "eth_getBlockByNumber", hex(number), False)
-    names = (
-        "parentHash sha3Uncles miner stateRoot transactionsRoot receiptsRoot logsBloom difficulty number gasLimit "
-        "gasUsed timestamp extraData mixHash nonce baseFeePerGas withdrawalsRoot blobGasUsed excessBlobGas "
-        "parentBeaconBlockRoot requestsHash"
-    ).split()
+    names = [
+        "parentHash",
+        "sha3Uncles",
+        "miner",
+        "stateRoot",
+        "transactionsRoot",
+        "receiptsRoot",
+        "logsBloom",
+        "difficulty",
+        "number",
+        "gasLimit",
+        "gasUsed",
+        "timestamp",
+        "extraData",
+        "mixHash",
+        "nonce",
+        "baseFeePerGas",
+        "withdrawalsRoot",
+        "blobGasUsed",
+        "excessBlobGas",
+        "parentBeaconBlockRoot",
+        "requestsHash",
+    ]
     numbers = {
         "difficulty",
         "number",
@@ -383,3 +400,12 @@ def test_only_development_keys_are_unlocked(w3: Web3) -> None:
         w3.eth.send_transaction(
             {"from": Web3.to_checksum_address("0x" + "5a" * 20), "to": w3.eth.accounts[0], "gas": 21_000}
         )
+
+
+def test_calls_may_nest_as_deep_as_gas_allows(w3: Web3, probe: Contract) -> None:
+    receipt = sent(w3, probe.functions.dive(), gas=30_000_000)
+    trace = rpc(w3, "debug_traceTransaction", receipt["transactionHash"].to_0x_hex(), {"tracer": "callTracer"})
+    depth = 0
+    while trace.get("calls"):
+        trace, depth = trace["calls"][0], depth + 1
+    assert depth > 300

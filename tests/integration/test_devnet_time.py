@@ -13,7 +13,7 @@ from web3 import Web3
 
 from poip_chain.chain.devnet.testing import DevnetProcess, running_devnet
 from poip_chain.errors import Unavailable
-from tests.integration.devnet_probe import deploy, rpc
+from tests.integration.devnet_probe import deploy, local_node, rpc
 
 
 def client(url: str) -> Web3:
@@ -54,8 +54,7 @@ def test_interval_blocks_follow_the_clock_and_may_be_empty() -> None:
 
 
 def test_slow_calls_do_not_stop_the_blocks() -> None:
-    with running_devnet(block_time=1) as url:
-        w3 = client(url)
+    with local_node(block_time=1.0, automine=False) as w3:
         probe = deploy(w3, w3.eth.accounts[0])
         before = w3.eth.block_number
         begun = time.monotonic()
@@ -76,8 +75,7 @@ def _seconds(action: object) -> float:
 
 
 def test_mining_modes_can_be_changed() -> None:
-    with running_devnet() as url:
-        w3 = client(url)
+    with local_node() as w3:
         rpc(w3, "evm_setAutomine", False)
         waiting = w3.eth.send_transaction({"from": w3.eth.accounts[0], "to": w3.eth.accounts[1]})
         assert rpc(w3, "txpool_status") == {"pending": "0x1", "queued": "0x0"}
@@ -95,8 +93,7 @@ def test_mining_modes_can_be_changed() -> None:
 
 
 def test_snapshot_and_revert_restore_head_clock_and_pool() -> None:
-    with running_devnet() as url:
-        w3 = client(url)
+    with local_node() as w3:
         sender, other = w3.eth.accounts[:2]
         probe = deploy(w3, sender)
         probe.functions.store(1, 5).transact({"from": sender})
@@ -122,8 +119,7 @@ def test_snapshot_and_revert_restore_head_clock_and_pool() -> None:
 
 
 def test_next_timestamp_is_exact_and_time_goes_on_from_it() -> None:
-    with running_devnet() as url:
-        w3 = client(url)
+    with local_node() as w3:
         wanted = w3.eth.get_block("latest")["timestamp"] + 100_000
         rpc(w3, "evm_setNextBlockTimestamp", wanted)
         rpc(w3, "evm_mine")
@@ -143,8 +139,7 @@ def test_next_timestamp_is_exact_and_time_goes_on_from_it() -> None:
 
 @pytest.mark.parametrize("drop", [False, True])
 def test_reorganisation_of_three_blocks(drop: bool) -> None:
-    with running_devnet() as url:
-        w3 = client(url)
+    with local_node() as w3:
         sender = w3.eth.accounts[0]
         probe = deploy(w3, sender)
         rpc(w3, "evm_mine")
@@ -201,6 +196,7 @@ def test_everything_is_there_again_after_kill_9(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_kill_9_while_blocks_are_being_sealed(tmp_path: Path) -> None:
     """At random moments under load: what was once reported as sealed is there again, whole and linked."""
     db = tmp_path / "chain.db"
@@ -219,30 +215,30 @@ def test_kill_9_while_blocks_are_being_sealed(tmp_path: Path) -> None:
             for transaction in block["transactions"]:
                 assert w3.eth.get_transaction_receipt(transaction["hash"])["status"] == 1  # type: ignore[index]
         assert w3.eth.get_transaction_count(sender) == w3.eth.get_balance(other) - 10_000 * 10**18
-        killer = threading.Timer(0.35 + 0.17 * round_number, node.kill)
-        killer.start()
+        killer = threading.Timer(0.1 + 0.23 * round_number, node.kill)
         try:
             while True:
                 receipt = w3.eth.get_transaction_receipt(
                     w3.eth.send_transaction({"from": sender, "to": other, "value": 1, "gas": 21_000})  # type: ignore[typeddict-item]
                 )
                 known[receipt["blockNumber"]] = receipt["blockHash"]
+                if not killer.is_alive():
+                    killer.start()
         except (OSError, ValueError):
             pass  # the connection broke: it was killed
         killer.join()
         node.close()
-    assert len(known) > 20
+    assert len(known) >= 12
     with sqlite3.connect(db) as connection:
         assert connection.execute("pragma integrity_check").fetchone() == ("ok",)
 
 
 def test_sigterm_ends_it_in_order(tmp_path: Path) -> None:
     db = tmp_path / "chain.db"
-    node = DevnetProcess(block_time=0.2, db=db)
-    wait_for_block(client(node.url), 2)
-    assert node.terminate() == 0
-    assert "Traceback" not in node.log_tail()
-    node.close()
+    with DevnetProcess(block_time=0.2, db=db) as node:
+        wait_for_block(client(node.url), 2)
+        assert node.terminate() == 0
+        assert "Traceback" not in node.log_tail()
     assert [path.name for path in tmp_path.iterdir()] == ["chain.db"], "the write-ahead log was folded in"
 
 

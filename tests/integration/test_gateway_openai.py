@@ -247,7 +247,7 @@ def test_the_users_nonce_decides_the_seed(kit: GatewayKit) -> None:
 
 @pytest.mark.parametrize("key", ["", "poip", "poip-0123456789ab-" + "0" * 64, "x" * 10_000, "poip-é-ü"])
 def test_wrong_api_keys(kit: GatewayKit, key: str) -> None:
-    headers = {"authorization": f"Bearer {key}".encode()}
+    headers = {"authorization": f"Bearer {key}".strip().encode()}
     answer = httpx.post(f"{kit.url}/v1/chat/completions", json={}, headers=headers)
     assert answer.status_code == 401
     assert answer.json()["error"]["code"] == "invalid_api_key"
@@ -266,7 +266,7 @@ def test_spend_caps(kit: GatewayKit) -> None:
         sdk.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=5)
         with pytest.raises(openai.APIStatusError):
             sdk.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=1)
-    poor = next(key for key in kit.gateway.store.keys() if key.name == "poor")
+    poor = next(key for key in kit.gateway.store.api_keys() if key.name == "poor")
     assert (poor.spent, poor.open) == (fee_of_five, 0)
 
 
@@ -306,5 +306,5 @@ def test_a_wrong_answer_is_an_error_and_unpaid(kit: GatewayKit) -> None:
     assert (caught.value.status_code, caught.value.code) == (502, "bad_answer")
     kit.run(kit.gateway.settle())
     assert kit.node.vouchers == []
-    (key,) = kit.gateway.store.keys()
+    (key,) = kit.gateway.store.api_keys()
     assert (key.spent, key.open) == (0, 0)

@@ -32,9 +32,7 @@ from tests.engines.model_chain import CHAIN_ID, LOG, VAULT
 from tests.engines.node_kit import INPUT_PRICE, MODEL_ID, OUTPUT_PRICE, PROFILE, Client, Kit, flat, key_of
 
 NODE = key_of("node").address
-SERVED = Served(
-    NODE, MODEL_ID, 1, PROFILE, INPUT_PRICE, OUTPUT_PRICE, Domain(CHAIN_ID, LOG), Domain(CHAIN_ID, VAULT)
-)
+SERVED = Served(NODE, MODEL_ID, 1, PROFILE, INPUT_PRICE, OUTPUT_PRICE, Domain(CHAIN_ID, LOG), Domain(CHAIN_ID, VAULT))
 CLIENT = Client(SERVED)
 
 

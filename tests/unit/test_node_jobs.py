@@ -378,7 +378,6 @@ def test_a_demand_commits_at_once(kit: Kit) -> None:
     kit.round()
 
 
-
 def test_withholding_on_purpose(tmp_path: Path) -> None:
     """The demo's cheat: the first audited transcript is handed over, the second one hidden, also on chain."""
     kit = Kit(tmp_path, {"misbehave": "withhold_after=1"})

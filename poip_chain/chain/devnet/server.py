@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import re
 import secrets
+import signal
 import socket
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from eth import EVM_RECURSION_LIMIT
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
@@ -28,13 +30,13 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from poip_chain.chain.devnet import anvil
 from poip_chain.chain.devnet.chain import ChainEvent, Devnet
 from poip_chain.chain.devnet.config import DevnetConfig
-from poip_chain.chain.devnet.errors import InvalidParams, LimitExceeded, RpcError, Unsupported
+from poip_chain.chain.devnet.errors import InvalidParams, LimitExceeded, ParseError, RpcError, Unsupported
 from poip_chain.chain.devnet.filters import FilterRegistry
 from poip_chain.chain.devnet.methods_dev import DevMethods
 from poip_chain.chain.devnet.methods_eth import EthMethods
 from poip_chain.chain.devnet.params import LogCriteria, log_criteria, mapping
 from poip_chain.chain.devnet.producer import BlockProducer
-from poip_chain.chain.devnet.rpc import MAX_REQUEST_BYTES, Dispatcher, encode, error_response
+from poip_chain.chain.devnet.rpc import MAX_REQUEST_BYTES, Dispatcher, encode, error_response, parse
 from poip_chain.chain.devnet.views import header_view, hex_bytes, matching_logs
 from poip_chain.errors import ConfigurationError
 
@@ -42,6 +44,7 @@ log = logging.getLogger(__name__)
 
 MAX_WAITING_MESSAGES = 10_000
 MAX_SUBSCRIPTIONS = 100
+THREAD_STACK_BYTES = 64 * 1024 * 1024
 # Pages from elsewhere must not reach a node that signs with funded keys; tools on this machine may.
 LOCAL_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 _JSON = "application/json"
@@ -77,6 +80,9 @@ def run(config: DevnetConfig) -> None:
     if config.backend == "anvil":
         anvil.run(config)
         return
+    # 1024 nested calls of the machine need many Python frames, and room for them on the stack of each thread.
+    sys.setrecursionlimit(EVM_RECURSION_LIMIT)
+    threading.stack_size(THREAD_STACK_BYTES)
     with listening_socket(config) as listener:
         node = Node(config)
         host, port = listener.getsockname()[:2]
@@ -130,6 +136,9 @@ def serve(app: Starlette, listener: socket.socket) -> None:
         timeout_graceful_shutdown=2,
         lifespan="on",
     )
+    # The server passes the signal that ended it on to the handler that was there before: the default one would end
+    # the process before the database is closed.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(uvicorn.Server(settings).serve(sockets=[listener]))
 
@@ -220,14 +229,14 @@ class _Session:
 
     async def _handle(self, content: str | bytes) -> None:
         try:
-            request = json.loads(content)
-        except (ValueError, RecursionError):
-            request = None
-        own = request.get("method") if isinstance(request, dict) else None
-        if own in ("eth_subscribe", "eth_unsubscribe"):
+            request = parse(content)
+        except ParseError as error:
+            self._outgoing.put_nowait(encode(error_response(None, error)))
+            return
+        if isinstance(request, dict) and request.get("method") in ("eth_subscribe", "eth_unsubscribe"):
             self._answer_own(request)
             return
-        answer = await run_in_threadpool(self._node.dispatcher.answer_text, content)
+        answer = await run_in_threadpool(self._node.dispatcher.answer, request)
         if answer:
             self._outgoing.put_nowait(answer)
 

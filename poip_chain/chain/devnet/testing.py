@@ -51,6 +51,12 @@ class DevnetProcess:
             raise
         self.ws_url = "ws" + self.url.removeprefix("http")
 
+    def __enter__(self) -> DevnetProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     @property
     def pid(self) -> int:
         """Process id."""
@@ -98,8 +104,5 @@ def running_devnet(block_time: float | None = None, db: Path | None = None) -> I
     block_time  seconds between blocks, empty ones too; None (default) seals each transaction at once.
     db          SQLite file that keeps the chain; None keeps it in memory.
     """
-    node = DevnetProcess(block_time, db)
-    try:
+    with DevnetProcess(block_time, db) as node:
         yield node.url
-    finally:
-        node.close()

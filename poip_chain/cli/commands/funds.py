@@ -106,7 +106,10 @@ def deposit(context: Context, node: str, amount: int) -> None:
 @click.argument("amount", type=AMOUNT)
 @sending_context
 def thaw(context: Context, node: str, amount: int) -> None:
-    """Start to take AMOUNT out of the escrow with NODE. AMOUNT counts anew; 0 cancels a thaw."""
+    """Start to take AMOUNT out of the escrow with NODE, besides what is thawing already; 0 cancels the thaw.
+
+    Each thaw starts the clock anew for all of it.
+    """
     from poip_chain.economic.money import format_amount
 
     network, address = context.network, context.address(node)

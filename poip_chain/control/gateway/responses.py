@@ -71,8 +71,10 @@ class _Production:
     async def stop(self) -> None:
         """Cancel if it still runs."""
         self._task.cancel()
+        # Not `await self._task`: Starlette's cancel scope cancels us again and again, that would reach through to the
+        # task, and its second cancellation would keep it from closing the connection to the node.
         with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+            await asyncio.wait({self._task})
 
 
 async def answer_response(gateway: Gateway, ask: Ask, key: ApiKey | None, http: Request) -> Response:

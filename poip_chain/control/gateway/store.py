@@ -91,7 +91,7 @@ class GatewayStore:
             )
             return self._key(key_id), f"{PREFIX}-{key_id}-{secret}"
 
-    def keys(self) -> list[ApiKey]:
+    def api_keys(self) -> list[ApiKey]:
         """All keys, oldest first."""
         with self._mutex:
             rows = self._db.execute("SELECT id FROM api_keys ORDER BY created_at, id").fetchall()

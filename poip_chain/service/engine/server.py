@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -49,8 +50,9 @@ _STAGES = (
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """How to start an engine. model: a local directory. port 0 picks a free one. kv_cache_gib applies to CPU
-    engines.
+    """How to start an engine. model: a local directory. port 0 picks a free one. kv_cache_gib applies to CPU engines.
+
+    dies_with_parent: the kernel ends the engine when the thread that started it ends, even by kill -9 (Linux).
     """
 
     model: Path
@@ -66,6 +68,7 @@ class EngineOptions:
     extra_arguments: tuple[str, ...] = ()
     extra_environment: Mapping[str, str] = field(default_factory=dict)
     plugin: bool = True
+    dies_with_parent: bool = False
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -119,6 +122,15 @@ def environment(options: EngineOptions) -> dict[str, str]:
     }
 
 
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with_parent() -> None:
+    """Runs in the child before exec: no orphaned engine keeps gigabytes after its launcher was killed."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 class EngineServer:
     """A running vLLM server process. Use as a context manager, or call `start`, `wait_ready` and `stop`.
 
@@ -159,6 +171,7 @@ class EngineServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_die_with_parent if self.options.dies_with_parent else None,
             )
 
     def wait_ready(self, progress: Progress | None = None, timeout_seconds: float = READY_TIMEOUT_SECONDS) -> None:
@@ -268,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kv-cache-gib", type=int, default=1, help="CPU engines: memory for keys and values")
     parser.add_argument("--threads", type=int, default=1, help="CPU engines: threads of one engine")
     parser.add_argument("--log-file", type=Path, help="default: engine-PORT.log in the model directory")
-    options = EngineOptions(**vars(parser.parse_args(arguments)))
+    options = EngineOptions(**vars(parser.parse_args(arguments)), dies_with_parent=True)
     server = EngineServer(options)
 
     def end(number: int, frame: FrameType | None) -> None:
