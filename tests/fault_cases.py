@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from poip_chain.spec.objects import (
     Batch,
+    FinishReason,
     Part,
     Profile,
     Receipt,
@@ -61,6 +62,57 @@ class Case:
     batch: Batch | None
     index: int
     transcript: Transcript
+
+
+def honest(
+    output_ids: tuple[int, ...] = (300, 301, 2),
+    reason: FinishReason = FinishReason.STOP,
+    params: SamplingParams | None = None,
+    max_tokens: int = 64,
+) -> Case:
+    """What an honest node signs for this answer."""
+    params = params or SamplingParams(700, stop_token_ids=(11,))
+    prompt_ids = tuple(range(20, 60))
+    request = Request(
+        CLIENT,
+        NODE,
+        MODEL,
+        1,
+        prompt_root(prompt_ids),
+        len(prompt_ids),
+        params.params_hash(),
+        max_tokens,
+        10**13,
+        3 * 10**13,
+        bytes(32),
+        bytes(32),
+        1000,
+    )
+    transcript = Transcript(
+        request.struct_hash(),
+        reason,
+        "test",
+        prompt_ids,
+        output_ids,
+        tuple(tuple((500 + i, -i) for i in range(8)) for _ in output_ids),
+    )
+    fee = request.fee(len(output_ids))
+    receipt = Receipt(
+        NODE,
+        5,
+        request.struct_hash(),
+        MODEL,
+        transcript.root(),
+        len(output_ids),
+        reason,
+        fee,
+        CLIENT,
+        fee + 10,
+        fee + 20,
+        990,
+    )
+    batch = Batch(1, NODE, MODEL, 1, bytes(32), 5, 1, fee, fee + 20, 1, 1, 1, 1, 1, 1)
+    return Case(receipt, request, params, batch, 0, transcript)
 
 
 def bits_of(abi_type: str) -> int:

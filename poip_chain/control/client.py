@@ -124,6 +124,30 @@ class Answer:
     node_url: str
     state: str = "checked"
 
+    def evidence(self, log_domain: Domain) -> dict[str, Any]:
+        """The short proof: everything but the transcript (docs/architecture.md, "Proof that rides with an answer")."""
+        return {
+            "receipt": self.receipt.to_json(),
+            "signature": "0x" + self.signature.hex(),
+            "request": self.signed.request.to_json(),
+            "params": self.signed.params.to_json(),
+            "request_signature": "0x" + self.signed.signature.hex(),
+            "chain_id": log_domain.chain_id,
+            "log": log_domain.verifying_contract,
+            "node_url": self.node_url,
+        }
+
+    def proof(
+        self, log_domain: Domain, *, gateway_nonce: bytes | None = None, user_nonce: bytes | None = None
+    ) -> dict[str, Any]:
+        """The whole proof, which `poip verify` checks."""
+        return {
+            **self.evidence(log_domain),
+            "transcript": self.transcript.to_json(),
+            "gateway_nonce": None if gateway_nonce is None else "0x" + gateway_nonce.hex(),
+            "user_nonce": None if user_nonce is None else "0x" + user_nonce.hex(),
+        }
+
 
 class NodeRefused(Refused):
     """A node said, before the first byte, that it does not take the request. `reason` is the node's error code."""

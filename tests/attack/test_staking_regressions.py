@@ -22,6 +22,7 @@ from tests.contracts.system import (
     account,
     add_stake,
     now,
+    refuses,
     register_node,
     set_parameter,
     value_of,
@@ -73,12 +74,11 @@ def test_force_cancel_unlock_by_third_party(staking: Staking, node: Address) -> 
 
 def test_dust_unbondings_by_others_cannot_fill_the_queue(staking: Staking, node: Address) -> None:
     """The bounded queue is the operator's alone: strangers cannot take its places."""
-    for call in (
+    refuses(
+        "registry: not the operator",
         lambda: staking.registry.unbond(node, 1, sender=ATTACKER.address),
         lambda: staking.registry.deregister(node, sender=ATTACKER.address),
-    ):
-        with boa.reverts("registry: not the operator"):
-            call()
+    )
     assert len(staking.registry.unbondings(node)) == 0
 
 
@@ -312,8 +312,9 @@ def test_permit_frontrun_does_not_stop_the_stake(staking: Staking, node: Address
             token.permit(staker.address, registry.address, POIP, deadline, v, r, s, sender=ATTACKER.address)
         registry.stake_with_permit(node, POIP, deadline, v, r, s, sender=staker.address)
     assert registry.node_info(node).active == 1002 * POIP
+    used = Typed.sign(token, staker, "Permit", staker.address, registry.address, POIP, 1, deadline)
     with boa.reverts("erc20: insufficient allowance"):
-        registry.stake_with_permit(node, POIP, deadline, v, r, s, sender=staker.address)
+        registry.stake_with_permit(node, POIP, deadline, *used, sender=staker.address)
 
 
 def test_unsigned_field_tampered(staking: Staking) -> None:

@@ -6,7 +6,7 @@ Compiled code is cached, so a builder costs milliseconds after its first use.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -107,8 +107,8 @@ def model_config() -> ModelConfig:
 
 def model_spec(tag: str = "model", config: ModelConfig | None = None) -> ModelSpec:
     """A model; different tags give different models."""
-    hashes = [keccak(f"{tag} {part}".encode()) for part in ("weights", "tokenizer", "template")]
-    return ModelSpec(*hashes, config_hash=(config or model_config()).config_hash())
+    weights, tokenizer, template = (keccak(f"{tag} {part}".encode()) for part in ("weights", "tokenizer", "template"))
+    return ModelSpec(weights, tokenizer, template, (config or model_config()).config_hash())
 
 
 def profile() -> Profile:
@@ -190,6 +190,13 @@ def add_stake(token: Any, registry: Any, node: Address, amount: int, staker: Add
         token.transfer(staker, amount, sender=OWNER.address)
     token.approve(registry, amount, sender=staker)
     registry.stake(node, amount, sender=staker)
+
+
+def refuses(reason: str, *calls: Callable[[], Any]) -> None:
+    """Each of the calls reverts with that reason."""
+    for call in calls:
+        with boa.reverts(reason):
+            call()
 
 
 def sign(contract: Any, value: TypedStruct, signer: Account) -> bytes:

@@ -9,7 +9,7 @@ import boa
 import pytest
 
 from poip_chain.spec.objects import ModelConfig, ModelSpec, Profile, ThresholdRow
-from tests.contracts.system import OWNER, account, add_model, model_config, model_spec, now, profile
+from tests.contracts.system import OWNER, account, add_model, model_config, model_spec, now, profile, refuses
 
 STRANGER = account("stranger").address
 
@@ -51,7 +51,7 @@ def test_registration_is_the_owners_and_once(models: Any) -> None:
         ({"num_kv_heads": 3}, "models: heads do not group"),
     ],
 )
-def test_config_must_make_sense(models: Any, change: dict[str, int], reason: str) -> None:
+def test_config_must_make_sense(models: Any, change: dict[str, Any], reason: str) -> None:
     config = replace(model_config(), **change)
     with boa.reverts(reason):
         register(models, model_spec(config=config), config)
@@ -60,7 +60,10 @@ def test_config_must_make_sense(models: Any, change: dict[str, int], reason: str
 @pytest.mark.parametrize("name", list(ModelConfig.ABI))
 def test_every_field_of_the_config_is_in_its_hash(models: Any, name: str) -> None:
     value = getattr(model_config(), name)
-    changed = {bool: lambda: not value, bytes: lambda: b"\1" * 32, int: lambda: value + 1}[type(value)]()
+    if isinstance(value, bytes):
+        changed: Any = b"\1" * 32
+    else:
+        changed = (not value) if isinstance(value, bool) else value + 1
     with boa.reverts("models: config does not match its hash"):
         register(models, model_spec(), replace(model_config(), **{name: changed}))
 
@@ -156,13 +159,12 @@ def test_sunset_ends_service_but_deletes_nothing(models: Any) -> None:
 
 def test_unknown_models(models: Any) -> None:
     unknown = b"\1" * 32
-    for call in (
+    refuses(
+        "models: unknown model",
         lambda: models.model_spec(unknown),
         lambda: models.model_config(unknown),
         lambda: models.profile(unknown, 1),
         lambda: models.add_profile(unknown, profile().values(), sender=OWNER.address),
         lambda: models.deprecate(unknown, now(), sender=OWNER.address),
-    ):
-        with boa.reverts("models: unknown model"):
-            call()
+    )
     assert (models.profile_count(unknown), models.deprecated_at(unknown)) == (0, 0)

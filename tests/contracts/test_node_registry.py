@@ -21,6 +21,7 @@ from tests.contracts.system import (
     add_stake,
     now,
     proof_of_possession,
+    refuses,
     register_node,
     set_parameter,
     value_of,
@@ -352,16 +353,14 @@ def test_deregister(staking: Staking, node: Address) -> None:
     assert (info.active, info.unbonding, info.deregistered_at) == (0, 1000 * POIP, now())
     assert list(registry.offers(node)) == []
     assert not registry.is_active(node)
-    refused: list[Callable[[], Any]] = [
+    refuses(
+        "stakes: node not in service",
         lambda: registry.stake(node, 1, sender=OWNER.address),
         lambda: registry.deregister(node, sender=OPERATOR),
         lambda: registry.cancel_unbond(node, unbonding, sender=OPERATOR),
         lambda: registry.lock(node, 0, sender=log),
         lambda: registry.set_offer(node, model, 1, 5, 6, sender=OPERATOR),
-    ]
-    for call in refused:
-        with boa.reverts("stakes: node not in service"):
-            call()
+    )
     # It stays slashable until the stake has left.
     taken, _ = registry.slash(node, 100 * POIP, STRANGER, 0, REASON, EVIDENCE, sender=staking.slasher)
     assert taken == 100 * POIP
@@ -509,13 +508,12 @@ def test_offers(staking: Staking, node: Address) -> None:
     with boa.reverts("offers: no such offer"):
         registry.remove_offer(node, first, sender=OPERATOR)
     registry.remove_offer(node, second, sender=OPERATOR)
-    for call in (
+    refuses(
+        "registry: not operator or key",
         lambda: registry.set_offer(node, first, 1, 5, 6, sender=STRANGER),
         lambda: registry.remove_offer(node, third, sender=STRANGER),
         lambda: registry.set_offer(STRANGER, first, 1, 5, 6, sender=STRANGER),
-    ):
-        with boa.reverts("registry: not operator or key"):
-            call()
+    )
     with boa.reverts("registry: model not servable"):
         registry.set_offer(node, first, 3, 5, 6, sender=OPERATOR)
 
@@ -545,13 +543,12 @@ def test_pause_stops_intake_and_expires(staking: Staking, node: Address) -> None
     with boa.reverts("registry: pause too long"):
         registry.pause_intake(14 * DAY + 1, sender=OWNER.address)
     registry.pause_intake(14 * DAY, sender=OWNER.address)
-    for call in (
+    refuses(
+        "registry: intake is paused",
         lambda: registry.stake(node, 1, sender=OWNER.address),
         lambda: registry.register(*registration(registry), sender=OPERATOR),
         lambda: registry.set_offer(node, b"\1" * 32, 1, 5, 6, sender=OPERATOR),
-    ):
-        with boa.reverts("registry: intake is paused"):
-            call()
+    )
     boa.env.time_travel(seconds=14 * DAY)
     add_stake(staking.token, registry, node, 1)
     registry.pause_intake(100, sender=OWNER.address)

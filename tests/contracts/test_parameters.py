@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +21,7 @@ from poip_chain.economic.parameters import (
 )
 from poip_chain.errors import InvalidInput
 from tests.contracts import system
-from tests.contracts.system import OWNER, account, set_parameter, value_of
+from tests.contracts.system import OWNER, account, refuses, set_parameter, value_of
 
 PATH = system.CONTRACTS / "governance/Parameters.vy"
 
@@ -91,15 +90,13 @@ def test_change_is_logged_with_old_and_new(parameters: Any) -> None:
 
 def test_unknown_names_and_revisions(parameters: Any) -> None:
     unknown = parameter_key("audit_rat")
-    views: list[Callable[[], Any]] = [
+    refuses(
+        "parameters: unknown name",
         lambda: parameters.value(unknown),
         lambda: parameters.value_at(unknown, 0),
         lambda: parameters.describe(unknown),
         lambda: parameters.set_value(unknown, 0, sender=OWNER.address),
-    ]
-    for view in views:
-        with boa.reverts("parameters: unknown name"):
-            view()
+    )
     with boa.reverts("parameters: unknown revision"):
         parameters.value_at(parameter_key("audit_rate"), 1)
 

@@ -310,4 +310,4 @@ class StakingMachine(RuleBasedStateMachine):
 
 def test_staking_machine() -> None:
     deployed()  # outside the runs, each of which is undone
-    run_state_machine_as_test(StakingMachine, settings=settings(max_examples=10, stateful_step_count=25, deadline=None))
+    run_state_machine_as_test(StakingMachine, settings=settings(max_examples=10, stateful_step_count=20, deadline=None))

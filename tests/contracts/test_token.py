@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from eth_hash.auto import keccak
 
 from poip_chain.spec.types import ZERO_ADDRESS, Address
 from tests.contracts import system
-from tests.contracts.system import Account, account, now, vrs
+from tests.contracts.system import Account, account, now, refuses, vrs
 
 ALICE, BOB, CAROL = account("alice"), account("bob"), account("carol")
 OWNER = system.OWNER
@@ -159,12 +160,11 @@ def test_cancel_authorization(token: Any) -> None:
         )
     cancel = Typed.sign(token, ALICE, "CancelAuthorization", ALICE.address, nonce)
     token.cancelAuthorization(ALICE.address, nonce, *cancel, sender=CAROL.address)
-    for act in (
+    refuses(
+        "eip3009: authorization used or canceled",
         lambda: token.transferWithAuthorization(*values, *signature),
         lambda: token.cancelAuthorization(ALICE.address, nonce, *cancel),
-    ):
-        with boa.reverts("eip3009: authorization used or canceled"):
-            act()
+    )
 
 
 def test_minting_stays_below_the_maximum(token: Any) -> None:
@@ -208,7 +208,7 @@ def test_votes_follow_every_balance_path(token: Any) -> None:
     transfer = (ALICE.address, BOB.address, 7, 0, end, keccak(b"1"))
     receive = (ALICE.address, BOB.address, 8, 0, end, keccak(b"2"))
     token.approve(CAROL.address, 100, sender=ALICE.address)
-    moves = {
+    moves: dict[str, Callable[[], Any]] = {
         "mint": lambda: token.mint(ALICE.address, 100, sender=OWNER.address),
         "transfer": lambda: token.transfer(BOB.address, 5, sender=ALICE.address),
         "transferFrom": lambda: token.transferFrom(ALICE.address, BOB.address, 6, sender=CAROL.address),
@@ -280,9 +280,11 @@ def test_past_votes_and_clock(token: Any) -> None:
         assert token.getPastVotes(ALICE.address, time) == votes
         assert token.getPastVotes(ALICE.address, time + 9) == votes
     assert token.getPastVotes(ALICE.address, history[0][0] - 1) == 0
-    for view in (lambda: token.getPastVotes(ALICE.address, now()), lambda: token.getPastTotalSupply(now())):
-        with boa.reverts("votes: timepoint not past"):
-            view()
+    refuses(
+        "votes: timepoint not past",
+        lambda: token.getPastVotes(ALICE.address, now()),
+        lambda: token.getPastTotalSupply(now()),
+    )
     with boa.reverts("votes: no such checkpoint"):
         token.checkpoint(ALICE.address, 9)
 

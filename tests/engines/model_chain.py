@@ -268,17 +268,23 @@ class ModelChain:
         def run(state: State) -> list[object]:
             payer = voucher.payer
             _require(state.batches.get(batch.id) == batch, "vault: not this batch")
-            _require(state.status[batch.id] in (BatchStatus.PENDING, BatchStatus.FINAL), "vault: neither pending nor final")
+            _require(
+                state.status[batch.id] in (BatchStatus.PENDING, BatchStatus.FINAL), "vault: neither pending nor final"
+            )
             _require(voucher.recover(self.vault_domain, signature) == payer, "vault: not signed by its payer")
             for place in (first, last):
                 leaf = place.receipt.struct_hash()
-                _require(verify_proof(batch.root, [leaf], [place.index], batch.count, place.proof), "vault: not in batch")
+                _require(
+                    verify_proof(batch.root, [leaf], [place.index], batch.count, place.proof), "vault: not in batch"
+                )
                 _require(place.receipt.payer == payer and place.receipt.node == voucher.node, "vault: another payer")
             _require(first.index <= last.index, "vault: first is after last")
             if voucher.last_receipt_hash != last.receipt.struct_hash():
                 _require(last.receipt.finish_reason != FinishReason.CANCELLED, "vault: cancelled is not named")
                 if voucher.last_receipt_hash != ZERO_HASH:
-                    _require(last.receipt.payer_cum <= voucher.cumulative, "vault: voucher ends before the last receipt")
+                    _require(
+                        last.receipt.payer_cum <= voucher.cumulative, "vault: voucher ends before the last receipt"
+                    )
             low = max(first.receipt.payer_cum - first.receipt.fee, state.settled.get(payer, 0))
             high = min(last.receipt.payer_cum, voucher.cumulative)
             _require(high > low, "vault: nothing to collect")

@@ -71,7 +71,13 @@ def choose(listed: list[tuple[int, float]], seed: bytes, position: int, temperat
 
 
 def expected_answer(
-    prompt_ids: list[int], seed: bytes, temperature_milli: int, max_tokens: int, *, vocab_size: int = 1000, end_id: int = 2
+    prompt_ids: list[int],
+    seed: bytes,
+    temperature_milli: int,
+    max_tokens: int,
+    *,
+    vocab_size: int = 1000,
+    end_id: int = 2,
 ) -> list[int]:
     """The output ids that the engine gives without faults and stop ids."""
     ids: list[int] = []

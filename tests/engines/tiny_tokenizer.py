@@ -33,7 +33,7 @@ def write_tokenizer(directory: Path) -> Path:
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|im_start|>",
-        "eos_token": {"content": "<|im_end|>"},
+        "eos_token": "<|im_end|>",
         "model_max_length": 4096,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))

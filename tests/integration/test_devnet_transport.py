@@ -185,9 +185,8 @@ def test_every_client_error_is_answered_by_name(w3: Web3) -> None:
         ({"nonce": nonce, "gas": 20_999}, "intrinsic gas too low"),
         ({"nonce": nonce, "gas": 60_000_001}, "exceeds block gas limit"),
         ({"nonce": nonce, "gas": 21_000, "value": 10**24}, "insufficient funds"),
-        ({"nonce": nonce, "gas": 21_000, "maxFeePerGas": 1, "maxPriorityFeePerGas": 1, "chainId": 1}, ""),
     ]
-    for fields, message in cases[:3]:
+    for fields, message in cases:
         converted = {key: hex(item) if isinstance(item, int) else item for key, item in fields.items()}
         with pytest.raises(ValueError, match=message) as raised:
             rpc(w3, "eth_sendTransaction", {"from": account, "to": other, **converted})

@@ -1,4 +1,4 @@
-"""kill -9 of the node at every named step of a request's life, on a chain with a block a second.
+"""kill -9 of the node at every named step of a request's life, on a chain with interval blocks.
 
 Each case starts the node so that it kills itself (SIGKILL) at one point, does what a client would do, starts the node
 again, and lets everything end. Then nothing may be lost, nothing paid twice, and no sequence number used twice.
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -30,7 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 def node(world: World) -> Iterator[NodeProcess]:
     """One node for all cases: what a case leaves behind must not trouble the next one."""
     made = world.add_node("node")
-    world.interval(1)
+    world.interval(0.3)
     yield made
     made.kill()
 
@@ -57,10 +56,6 @@ def settle(world: World, node: NodeProcess) -> None:
         WITNESS.see(receipt)
 
     def done() -> bool:
-        world_time = world.chain.timestamp()
-        pending = node.rows("SELECT batch FROM batches WHERE state = 'committed'")
-        if pending and world_time:
-            world.pass_time(3)
         unbatched = node.rows("SELECT count(*) FROM receipts WHERE first_seq IS NULL")[0][0]
         batches = {row[0] for row in node.rows("SELECT state FROM batches")}
         shares = {row[0] for row in node.rows("SELECT state FROM collections")}
@@ -94,23 +89,7 @@ def test_kill_at(world: World, node: NodeProcess, point: str) -> None:
             WITNESS.see(receipt)
             before = receipt
             node.pay(receipt)
-    node_crashes_later = not node.ended()
-    if node_crashes_later:
-        ticking = threading.Event()
-
-        def pass_time() -> None:
-            while not ticking.wait(1.0) and not node.ended():
-                world.pass_time(2)
-
-        clock = threading.Thread(target=pass_time)
-        clock.start()
-        try:
-            node.wait_crashed(120)
-        finally:
-            ticking.set()
-            clock.join()
-    else:
-        node.wait_crashed()
+    node.wait_crashed(120)
 
     node.start()
     for body in (first, second):

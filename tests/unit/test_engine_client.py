@@ -183,6 +183,8 @@ def raw(*pieces: bytes) -> Callable[[dict[str, Any]], Sequence[Event]]:
         (change(4, finish_reason=None), IntegrityError, "did not finish"),
         (lambda body: [*honest(body), token_event(11, -0.1, LOGPROBS)], IntegrityError, "more tokens"),
         (lambda body: [{"error": {"message": "engine dead"}}], Unavailable, "engine dead"),
+        (lambda body: [{"error": {"message": "no such thing", "code": 400}}], InvalidInput, "no such thing"),
+        (lambda body: [{"error": "text"}], Unavailable, "text"),
         (raw(b"data: {]\n\n"), IntegrityError, "not JSON"),
         (raw(b'data: {"choices": []}\n\n'), IntegrityError, "exactly one choice"),
         (raw(b"data: [1]\n\n"), IntegrityError, "exactly one choice"),

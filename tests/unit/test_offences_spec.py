@@ -9,7 +9,7 @@ import pytest
 from eth_hash.auto import keccak
 from hypothesis import given, settings
 
-from poip_chain.spec.objects import Batch, FinishReason, Part, Receipt, Request, SamplingParams
+from poip_chain.spec.objects import FinishReason, Part, SamplingParams
 from poip_chain.spec.offences import (
     NO_PART,
     Fault,
@@ -26,62 +26,10 @@ from poip_chain.spec.offences import (
     sequence_fault,
     transcript_faults,
 )
-from poip_chain.spec.transcript import Transcript, prompt_root
 from tests import fault_cases
-from tests.fault_cases import CLIENT, MODEL, NODE, PROFILE, Case
+from tests.fault_cases import PROFILE, Case, honest
 
 OTHER = "0x" + "33" * 20
-
-
-def honest(
-    output_ids: tuple[int, ...] = (300, 301, 2),
-    reason: FinishReason = FinishReason.STOP,
-    params: SamplingParams | None = None,
-    max_tokens: int = 64,
-) -> Case:
-    """What an honest node signs for this answer."""
-    params = params or SamplingParams(700, stop_token_ids=(11,))
-    prompt_ids = tuple(range(20, 60))
-    request = Request(
-        CLIENT,
-        NODE,
-        MODEL,
-        1,
-        prompt_root(prompt_ids),
-        len(prompt_ids),
-        params.params_hash(),
-        max_tokens,
-        10**13,
-        3 * 10**13,
-        bytes(32),
-        bytes(32),
-        1000,
-    )
-    transcript = Transcript(
-        request.struct_hash(),
-        reason,
-        "test",
-        prompt_ids,
-        output_ids,
-        tuple(tuple((500 + i, -i) for i in range(8)) for _ in output_ids),
-    )
-    fee = request.fee(len(output_ids))
-    receipt = Receipt(
-        NODE,
-        5,
-        request.struct_hash(),
-        MODEL,
-        transcript.root(),
-        len(output_ids),
-        reason,
-        fee,
-        CLIENT,
-        fee + 10,
-        fee + 20,
-        990,
-    )
-    batch = Batch(1, NODE, MODEL, 1, bytes(32), 5, 1, fee, fee + 20, 1, 1, 1, 1, 1, 1)
-    return Case(receipt, request, params, batch, 0, transcript)
 
 
 HONEST = [

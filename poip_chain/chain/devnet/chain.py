@@ -1,58 +1,42 @@
-"""The chain itself: sealing blocks, the clock, snapshots and reorganisations. Knows no JSON and no transport.
+"""The living chain: sealing blocks, the clock, snapshots and reorganisations. Knows no JSON and no transport.
 
 One lock guards everything that changes. Reading a state by its root needs no lock, since tries are never overwritten.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import rlp
-from eth.abc import BlockAPI, BlockHeaderAPI, ReceiptAPI, SignedTransactionAPI
-from eth.chains.base import Chain
+from eth.abc import BlockHeaderAPI, ReceiptAPI, SignedTransactionAPI
 from eth.constants import (
-    BLANK_ROOT_HASH,
-    POST_MERGE_DIFFICULTY,
     POST_MERGE_MIX_HASH,
-    POST_MERGE_NONCE,
-    ZERO_ADDRESS,
+    SECPK1_N,
 )
-from eth.db.atomic import AtomicDB
-from eth.db.schema import SchemaV1
-from eth.exceptions import CanonicalHeadNotFound, HeaderNotFound, PyEVMError, TransactionNotFound
-from eth.rlp.sedes import chain_gaps
-from eth.typing import AccountDetails, HeaderParams
-from eth.vm.forks.prague.constants import HISTORY_STORAGE_ADDRESS, HISTORY_STORAGE_CONTRACT_CODE
-from eth_typing import Address, BlockNumber, Hash32
+from eth.exceptions import PyEVMError
+from eth_typing import Address
 from eth_utils.exceptions import ValidationError
 
-from poip_chain.chain.devnet.config import DevnetConfig, development_accounts
-from poip_chain.chain.devnet.database import Database
-from poip_chain.chain.devnet.errors import InvalidInput, ResourceNotFound, TransactionRejected
+from poip_chain.chain.devnet.config import DevnetConfig
+from poip_chain.chain.devnet.errors import InvalidInput, TransactionRejected
+from poip_chain.chain.devnet.ledger import Ledger, SealedBlock
 from poip_chain.chain.devnet.overrides import (
     AccountOverride,
     apply_overrides,
-    decode_overrides,
-    encode_overrides,
 )
 from poip_chain.chain.devnet.pool import TransactionPool
 from poip_chain.chain.devnet.vm import (
     BASE_TRANSACTION_GAS,
     DevnetVM,
     begin_block,
-    chain_class,
     minimum_gas,
     next_header,
 )
-from poip_chain.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
 
@@ -60,29 +44,15 @@ MAX_REORG_DEPTH = 64
 """Blocks deeper than this count as final (`finalized`), so no reorganisation touches them."""
 SAFE_DEPTH = 32
 MAX_TIMESTAMP = 2**40
-_SEALED_CACHE = 512
 _TRANSACTION_TYPES = (0, 1, 2)
-
-_IDENTITY_KEY = b"devnet:identity"
-_CLOCK_KEY = b"devnet:clock-offset"
-_BLOOM_PREFIX = b"devnet:bloom:"
-_OVERRIDE_PREFIX = b"devnet:override:"
-
-
-@dataclass(frozen=True, slots=True)
-class SealedBlock:
-    """A block with its receipts, in the order of its transactions."""
-
-    block: BlockAPI
-    receipts: tuple[ReceiptAPI, ...]
-
-    @property
-    def header(self) -> BlockHeaderAPI:
-        return self.block.header
-
-    @property
-    def transactions(self) -> Sequence[SignedTransactionAPI]:
-        return self.block.transactions
+_TRANSACTION_NUMBERS = (
+    ("nonce", 2**64 - 2),
+    ("gas", 2**64 - 1),
+    ("value", 2**256 - 1),
+    ("max_fee_per_gas", 2**256 - 1),
+    ("max_priority_fee_per_gas", 2**256 - 1),
+    ("s", SECPK1_N // 2),  # EIP-2: the other half would be a second valid form of each transaction
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,162 +82,37 @@ class _Snapshot:
     pool: TransactionPool
 
 
-class Devnet:
-    """A development chain. Opens `config.database` or starts a new chain in it.
+class Devnet(Ledger):
+    """A development chain that grows: from a pool, at once or whenever `mine` is called.
 
     clock       gives Unix seconds; chain time is this plus an offset that time travel moves.
 
-    Raises ConfigurationError if the file belongs to a chain with other settings.
+    Raises ConfigurationError if the database belongs to a chain with other settings.
     """
 
     def __init__(self, config: DevnetConfig, *, clock: Callable[[], float] = time.time) -> None:
-        self.config = config
+        super().__init__(config, int(clock()))
         self.lock = threading.RLock()
-        self.accounts = development_accounts(config.mnemonic, config.accounts)
         self.pool = TransactionPool()
         self.automine = config.automine
         self._clock = clock
+        self._clock_offset = self.stored_clock_offset()
         self._listeners: list[Callable[[ChainEvent], None]] = []
         self._snapshots: dict[int, _Snapshot] = {}
         self._snapshot_count = 0
         self._next_timestamp: int | None = None
-        self._sealed: OrderedDict[bytes, SealedBlock] = OrderedDict()
-        self.database = Database(config.database)
-        self._db = AtomicDB(self.database)
-        self._chain = self._open()
-        self.head: BlockHeaderAPI = self._chain.get_canonical_head()
-        self._clock_offset = int(self.database[_CLOCK_KEY])
-
-    # -- opening ------------------------------------------------------------------------------------------------
-
-    def _open(self) -> Chain:
-        chain_type = chain_class(self.config.chain_id)
-        identity = {
-            "version": 1,
-            "chain_id": self.config.chain_id,
-            "gas_limit": self.config.gas_limit,
-            "funded": [account.address for account in self.accounts],
-            "balance": self.config.balance,
-        }
-        try:
-            stored = json.loads(self.database[_IDENTITY_KEY])
-        except KeyError:
-            chain = self._create_genesis(chain_type)
-            self.database[_IDENTITY_KEY] = json.dumps(identity).encode()
-            self.database[_CLOCK_KEY] = b"0"
-            self.database.commit()
-            return chain
-        for name, value in identity.items():
-            if stored.get(name) != value:
-                raise ConfigurationError(
-                    f"{self.config.database} holds a chain with {name} {stored.get(name)!r}, not {value!r}.",
-                    hint="Use the settings it was made with, or another database file.",
-                )
-        chain = chain_type(self._db)
-        try:
-            chain.get_canonical_head()
-        except CanonicalHeadNotFound as error:
-            raise ConfigurationError(f"{self.config.database} holds no chain.", hint="Use another file.") from error
-        return chain
-
-    def _create_genesis(self, chain_type: type[Chain]) -> Chain:
-        state: dict[Address, AccountDetails] = {
-            Address(bytes.fromhex(account.address[2:])): {
-                "balance": self.config.balance,
-                "nonce": 0,
-                "code": b"",
-                "storage": {},
-            }
-            for account in self.accounts
-        }
-        # The history contract must be there from the start: py-evm itself never deploys it (EIP-2935).
-        state[HISTORY_STORAGE_ADDRESS] = {
-            "balance": 0,
-            "nonce": 1,
-            "code": HISTORY_STORAGE_CONTRACT_CODE,
-            "storage": {},
-        }
-        parameters: dict[str, HeaderParams] = {
-            "coinbase": ZERO_ADDRESS,
-            "difficulty": POST_MERGE_DIFFICULTY,
-            "extra_data": b"",
-            "gas_limit": self.config.gas_limit,
-            "mix_hash": POST_MERGE_MIX_HASH,
-            "nonce": POST_MERGE_NONCE,
-            "receipt_root": BLANK_ROOT_HASH,
-            "transaction_root": BLANK_ROOT_HASH,
-            "timestamp": int(self._clock()),
-        }
-        return cast(Chain, chain_type.from_genesis(self._db, parameters, state))
 
     def close(self) -> None:
         """Close the database. Every sealed block is in it already."""
         with self.lock:
-            self.database.close()
+            super().close()
 
-    # -- reading ------------------------------------------------------------------------------------------------
-
-    def header_by_number(self, number: int) -> BlockHeaderAPI:
-        """A block of the chain. Raises ResourceNotFound."""
-        if not 0 <= number <= self.head.block_number:
-            raise ResourceNotFound(f"block {number} does not exist; the newest is {self.head.block_number}")
-        return self._chain.get_canonical_block_header_by_number(BlockNumber(number))
-
-    def header_by_hash(self, block_hash: bytes) -> BlockHeaderAPI:
-        """A block, in the chain or once replaced. Raises ResourceNotFound."""
-        try:
-            return self._chain.get_block_header_by_hash(Hash32(block_hash))
-        except (HeaderNotFound, rlp.exceptions.RLPException, ValueError):
-            raise ResourceNotFound(f"block 0x{block_hash.hex()} does not exist") from None
-
-    def is_canonical(self, header: BlockHeaderAPI) -> bool:
-        """Whether a block is part of the chain now."""
-        return header.block_number <= self.head.block_number and (
-            self._chain.chaindb.get_canonical_block_hash(header.block_number) == header.hash
-        )
-
-    def sealed(self, header: BlockHeaderAPI) -> SealedBlock:
-        """The whole block of a header."""
-        cached = self._sealed.get(header.hash)
-        if cached is None:
-            block = self._chain.get_block_by_header(header)
-            cached = SealedBlock(block, tuple(block.get_receipts(self._chain.chaindb)))
-            self._keep_sealed(cached)
-        return cached
-
-    def find_transaction(self, transaction_hash: bytes) -> tuple[SealedBlock, int] | None:
-        """The block that a transaction is in, and its index there."""
-        try:
-            number, index = self._chain.get_canonical_transaction_index(Hash32(transaction_hash))
-        except TransactionNotFound:
-            return None
-        return self.sealed(self.header_by_number(number)), index
-
-    def blocks_with_logs(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """(number, bloom) of each block in a range that has logs at all."""
-        for key, bloom in self.database.scan(_bloom_key(first), _bloom_key(last)):
-            yield int.from_bytes(key[len(_BLOOM_PREFIX) :], "big"), int.from_bytes(bloom, "big")
-
-    def machine_after(self, header: BlockHeaderAPI) -> DevnetVM:
-        """A machine with the state that a block left, seeing that block as the current one."""
-        return cast(DevnetVM, self._chain.get_vm(header))
+    # -- looking ahead ------------------------------------------------------------------------------------------
 
     def machine_for_next(self) -> DevnetVM:
         """A machine with the newest state, seeing the block that would come next."""
         header = next_header(self.head, timestamp=self._timestamp_for(self.head), mix_hash=os.urandom(32))
         return cast(DevnetVM, self._chain.get_vm(header))
-
-    def machine_for_replay(self, header: BlockHeaderAPI) -> DevnetVM:
-        """A machine as it was when a block's first transaction began."""
-        parent = self.header_by_hash(header.parent_hash)
-        vm = cast(DevnetVM, self._chain.get_vm(header.copy(state_root=parent.state_root, gas_used=0, blob_gas_used=0)))
-        begin_block(vm)
-        try:
-            encoded = self.database[_OVERRIDE_PREFIX + header.mix_hash]
-        except KeyError:
-            return vm
-        apply_overrides(vm.state, decode_overrides(encoded))
-        return vm
 
     def next_base_fee(self) -> int:
         """Base fee of the block that would come next, in wei per gas."""
@@ -403,7 +248,7 @@ class Devnet:
             return None
         self.head = sealed.header
         self._next_timestamp = None
-        self._keep_sealed(sealed)
+        self.keep_sealed(sealed)
         for transaction in sealed.transactions:
             self.pool.remove(transaction)
             self.pool.forget_below(transaction.sender, transaction.nonce)
@@ -423,7 +268,6 @@ class Devnet:
         begin_block(vm)
         if overrides:
             apply_overrides(vm.state, overrides)
-            self.database[_OVERRIDE_PREFIX + header.mix_hash] = encode_overrides(overrides)
         transactions: list[SignedTransactionAPI] = []
         receipts: list[ReceiptAPI] = []
         rejected: list[SignedTransactionAPI] = []
@@ -451,9 +295,7 @@ class Devnet:
         filled = vm.set_block_transactions_and_withdrawals(block, header, transactions, receipts)
         # Execution requests (EIP-7685) come from contracts that this chain does not have: their hash stays the empty one.
         final = vm.finalize_block(filled).block
-        self._chain.chaindb.persist_block(final)
-        if final.header.bloom:
-            self.database[_bloom_key(final.number)] = final.header.bloom.to_bytes(256, "big")
+        self.store_block(final, overrides)
         return SealedBlock(final, tuple(receipts)), rejected
 
     def _apply(self, vm: DevnetVM, header: BlockHeaderAPI, transaction: SignedTransactionAPI) -> ReceiptAPI | None:
@@ -502,8 +344,7 @@ class Devnet:
 
     def _set_clock_offset(self, seconds: int) -> None:
         self._clock_offset = seconds
-        self.database[_CLOCK_KEY] = str(seconds).encode()
-        self.database.commit()
+        self.store_clock_offset(seconds)
 
     def _timestamp_for(self, parent: BlockHeaderAPI) -> int:
         if self._next_timestamp is not None and self._next_timestamp > parent.timestamp:
@@ -530,7 +371,7 @@ class Devnet:
             snapshot = self._snapshots.get(identifier)
             if snapshot is None:
                 return False
-            removed, added = self._set_head(snapshot.header)
+            removed, added = self.set_head(snapshot.header)
             self._set_clock_offset(snapshot.clock_offset)
             self._next_timestamp = snapshot.next_timestamp
             self.pool = snapshot.pool
@@ -550,7 +391,7 @@ class Devnet:
             old_head, planned = self.head, self._next_timestamp
             replaced = [self.header_by_number(self.head.block_number - back) for back in reversed(range(depth))]
             ancestor = self.header_by_hash(replaced[0].parent_hash)
-            removed, _ = self._set_head(ancestor)
+            removed, _ = self.set_head(ancestor)
             added = []
             for header in replaced:
                 sealed = self._seal(header.timestamp, from_pool=False)
@@ -574,56 +415,6 @@ class Devnet:
                 returned.append(transaction)
         return returned
 
-    def _set_head(self, target: BlockHeaderAPI) -> tuple[tuple[SealedBlock, ...], tuple[SealedBlock, ...]]:
-        """Make `target` the newest block. Returns the blocks that left the chain and those that joined it.
-
-        py-evm only ever moves its head forward, so its few entries that say which blocks are canonical are rewritten here.
-        """
-        branch: list[BlockHeaderAPI] = []
-        ancestor = target
-        while not self.is_canonical(ancestor):
-            branch.insert(0, ancestor)
-            ancestor = self.header_by_hash(ancestor.parent_hash)
-        leaving = [
-            self.sealed(self.header_by_number(number))
-            for number in range(ancestor.block_number + 1, self.head.block_number + 1)
-        ]
-        joining = [self.sealed(header) for header in branch]
-        try:
-            for sealed in leaving:
-                del self.database[SchemaV1.make_block_number_to_hash_lookup_key(sealed.header.block_number)]
-                if sealed.header.bloom:
-                    del self.database[_bloom_key(sealed.header.block_number)]
-                for transaction in sealed.transactions:
-                    del self.database[SchemaV1.make_transaction_hash_to_block_lookup_key(transaction.hash)]
-            for sealed in joining:
-                number = sealed.header.block_number
-                self.database[SchemaV1.make_block_number_to_hash_lookup_key(number)] = rlp.encode(sealed.header.hash)
-                if sealed.header.bloom:
-                    self.database[_bloom_key(number)] = sealed.header.bloom.to_bytes(256, "big")
-                for index, transaction in enumerate(sealed.transactions):
-                    key = SchemaV1.make_transaction_hash_to_block_lookup_key(transaction.hash)
-                    self.database[key] = rlp.encode([number, index])
-            self.database[SchemaV1.make_canonical_head_hash_lookup_key()] = target.hash
-            no_gaps = rlp.encode(((), target.block_number + 1), sedes=chain_gaps)
-            self.database[SchemaV1.make_header_chain_gaps_lookup_key()] = no_gaps
-            self.database[SchemaV1.make_chain_gaps_lookup_key()] = no_gaps
-            self.database.commit()
-        except BaseException:
-            self.database.discard()
-            raise
-        self.head = target
-        return tuple(leaving), tuple(joining)
-
-    def _keep_sealed(self, sealed: SealedBlock) -> None:
-        self._sealed[sealed.header.hash] = sealed
-        if len(self._sealed) > _SEALED_CACHE:
-            self._sealed.popitem(last=False)
-
-
-def _bloom_key(number: int) -> bytes:
-    return _BLOOM_PREFIX + number.to_bytes(8, "big")
-
 
 def _decode_transaction(encoded: bytes) -> SignedTransactionAPI:
     """A signed transaction whose sender can be told. Raises TransactionRejected."""
@@ -632,11 +423,13 @@ def _decode_transaction(encoded: bytes) -> SignedTransactionAPI:
         kind = transaction.type_id or 0
         if kind not in _TRANSACTION_TYPES:
             raise TransactionRejected(f"transaction type {kind} is not supported; 0, 1 and 2 are")
-        transaction.validate()
-        transaction.check_signature_validity()
-        if transaction.nonce >= 2**64 - 1:
-            raise TransactionRejected(f"nonce {transaction.nonce} is out of range")
-        transaction.sender  # noqa: B018 - recovered once, here, and remembered by the object
+        for name, most in _TRANSACTION_NUMBERS:
+            if getattr(transaction, name) > most:
+                raise TransactionRejected(f"{name} is out of range: {getattr(transaction, name)} is over {most}")
+        if len(transaction.to) not in (0, 20):
+            raise TransactionRejected(f"the recipient has {len(transaction.to)} bytes, not 20")
+        # Whom a signature can be recovered to has made it. It is done once, here, and remembered by the object.
+        transaction.sender  # noqa: B018
     except TransactionRejected:
         raise
     except Exception as error:

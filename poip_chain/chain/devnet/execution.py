@@ -15,8 +15,9 @@ from eth_abi.abi import decode as abi_decode
 from eth_abi.exceptions import DecodingError
 from eth_utils.exceptions import ValidationError
 
-from poip_chain.chain.devnet.chain import MAX_REORG_DEPTH, SAFE_DEPTH, Devnet, SealedBlock
+from poip_chain.chain.devnet.chain import MAX_REORG_DEPTH, SAFE_DEPTH, Devnet
 from poip_chain.chain.devnet.errors import ExecutionReverted, InvalidInput, ResourceNotFound
+from poip_chain.chain.devnet.ledger import SealedBlock
 from poip_chain.chain.devnet.overrides import AccountOverride, apply_overrides
 from poip_chain.chain.devnet.params import BlockReference, CallRequest, shown_address
 from poip_chain.chain.devnet.views import hex_bytes

@@ -10,9 +10,10 @@ from eth_hash.auto import keccak
 from trie.hexary import HexaryTrie
 
 from poip_chain.chain.devnet import execution
-from poip_chain.chain.devnet.chain import Devnet, SealedBlock
+from poip_chain.chain.devnet.chain import Devnet
 from poip_chain.chain.devnet.errors import InvalidInput, InvalidParams, LimitExceeded, ResourceNotFound
 from poip_chain.chain.devnet.filters import Filter, FilterRegistry
+from poip_chain.chain.devnet.ledger import SealedBlock
 from poip_chain.chain.devnet.params import (
     CallRequest,
     LogCriteria,

@@ -9,7 +9,7 @@ import rlp
 from eth._utils.address import generate_contract_address
 from eth.abc import BlockHeaderAPI, LogAPI, SignedTransactionAPI
 
-from poip_chain.chain.devnet.chain import SealedBlock
+from poip_chain.chain.devnet.ledger import SealedBlock
 from poip_chain.chain.devnet.params import LogCriteria, shown_address
 
 JsonObject = dict[str, Any]

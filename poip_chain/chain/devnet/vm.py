@@ -43,6 +43,9 @@ class TracedComputation(PragueComputation):
 class DevnetState(PragueState):
     computation_class = TracedComputation
 
+    def set_system_contracts(self) -> None:
+        """Nothing: the genesis has them. py-evm would read their code again for every state that is looked at."""
+
 
 class DevnetVM(PragueVM):
     _state_class = DevnetState

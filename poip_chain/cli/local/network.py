@@ -64,15 +64,15 @@ class LocalNetwork:
     """See the module's docstring. `directory` is made anew; `tell` gets a line for each step."""
 
     def __init__(self, directory: Path, tell: Tell) -> None:
-        if directory.exists():
-            shutil.rmtree(directory)
-        directory.mkdir(parents=True)
-        self.directory = directory
+        self.directory = directory.absolute()
+        if self.directory.exists():
+            shutil.rmtree(self.directory)
+        self.directory.mkdir(parents=True)
         self._tell = tell
-        self.supervisor = Supervisor(directory)
+        self.supervisor = Supervisor(self.directory)
         self.rpc_url = f"http://127.0.0.1:{preferred_port(8545)}"
         self.gateway_url = f"http://127.0.0.1:{preferred_port(8800)}"
-        self.deployment_path = directory / "deployment.json"
+        self.deployment_path = self.directory / "deployment.json"
         self.nodes: list[LocalNode] = []
         self.hashes: ModelHashes | None = None
         self.network: Network | None = None
@@ -105,7 +105,7 @@ class LocalNetwork:
         self._tell(f"  {name} is ready ({seconds:.0f} s)")
 
     def _prepare(self, models: Path, model: Path | None) -> Path:
-        directory = model or models / MODEL_NAME
+        directory = (model or models / MODEL_NAME).absolute()
         self._tell(f"preparing the model {directory.name}")
         step: Tell = lambda text: self._tell(f"  {text}")  # noqa: E731
         self.hashes = prepare(directory, step) if model else prepare_default(directory, step)
@@ -235,7 +235,7 @@ class LocalNetwork:
             "--data", str(self.directory), "--key", str(self._keys / "watchtower.json"), "--mode", "defend",
             "--model", str(true_model), "--bond-budget", f"{BOND_BUDGET} wei",
         ]  # fmt: skip
-        return Program("watchtower", [sys.executable, "-m", "poip_chain.cli.main", *arguments])
+        return Program("watchtower", [sys.executable, "-m", "poip_chain.cli", *arguments])
 
     def _write_summary(self) -> None:
         summary = {

@@ -55,6 +55,8 @@ DEVELOPMENT_CHAIN = 31337
 KEEPALIVE_SECONDS = 2.0
 """Shorter than servers keep idle connections, so that a request is not sent into one that is just being closed."""
 DRAIN_SECONDS = 15
+BUSY_SECONDS = 0.5
+"""Between rounds of a background job that has more to do."""
 
 MakeAsk = Callable[[dict[str, Any], Catalogue, int], Ask]
 
@@ -138,8 +140,8 @@ def create_app(gateway: Gateway) -> FastAPI:
 
     @app.get("/healthz")
     async def health() -> Response:
-        usable = sum(1 for standing in gateway.directory.standings() if not standing.unfit)
-        status = {"status": "ok" if usable else "no usable node", "usable_nodes": usable}
+        usable = await gateway.usable_nodes()
+        status = {"status": "ok" if usable else "no usable node with escrow", "usable_nodes": usable}
         return JSONResponse(status, 200 if usable else 503)
 
     @app.get("/metrics")
@@ -354,6 +356,7 @@ async def _serve(
         jobs = [
             asyncio.create_task(_repeat("refresh", gateway.refresh, settings.refresh_interval)),
             asyncio.create_task(_repeat("settle", gateway.settle, settings.settle_interval)),
+            asyncio.create_task(_repeat("escrow", gateway.tend_escrow, settings.settle_interval)),
             asyncio.create_task(_repeat("clock", clock.step, settings.refresh_interval)),
         ]
         try:
@@ -387,16 +390,18 @@ class ChainClock:
         return time.time() + self._lead
 
 
-async def _repeat(name: str, step: Callable[[], Awaitable[None]], interval: float) -> None:
-    """Call `step` for ever. A fault of one round is logged and never ends the loop."""
+async def _repeat(name: str, step: Callable[[], Awaitable[bool | None]], interval: float) -> None:
+    """Call `step` for ever, soon again if it says that more is to do. A fault of one round is logged and survived."""
     while True:
+        pause = interval
         try:
-            await step()
+            if await step():
+                pause = min(interval, BUSY_SECONDS)
         except PoipError as error:
             log.warning("background round failed", job=name, code=error.code, error=str(error)[:300])
         except Exception as error:
             log.error("background round failed", job=name, kind=type(error).__name__, error=str(error)[:300])
-        await asyncio.sleep(interval)
+        await asyncio.sleep(pause)
 
 
 def _patiently(work: Callable[[], Any], timeout: float) -> Any:

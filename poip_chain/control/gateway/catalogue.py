@@ -51,10 +51,11 @@ def load_catalogue(chain: ChainView, entries: Iterable[ModelEntry]) -> Catalogue
     Raises NotFound for a model that is not registered, IntegrityError for other files than the registered ones,
     Refused where no profile may be served any more, Unavailable without a chain.
     """
-    return Catalogue(_load(chain, entry) for entry in entries)
+    return Catalogue(load_model(chain, entry) for entry in entries)
 
 
-def _load(chain: ChainView, entry: ModelEntry) -> ServedModel:
+def load_model(chain: ChainView, entry: ModelEntry) -> ServedModel:
+    """One entry; see `load_catalogue`."""
     model_id = bytes.fromhex(entry.model_id[2:]) if entry.model_id else prepare(entry.directory).model_id
     tokenizer = Tokenizer.load(entry.directory, chain.model_spec(model_id))
     versions = range(chain.profile_count(model_id), 0, -1)

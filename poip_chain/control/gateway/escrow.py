@@ -111,6 +111,11 @@ class EscrowManager:
         """Release the file."""
         self._db.close()
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a move is not over yet."""
+        return self._db.execute("SELECT 1 FROM escrow_moves WHERE state = 'open'").fetchone() is not None
+
     def step(self, usable: Collection[Address], known: Iterable[Address]) -> list[str]:
         """One round. `usable`: nodes that may get requests; `known`: all nodes that escrow may lie with.
 

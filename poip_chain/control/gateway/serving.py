@@ -147,18 +147,21 @@ class Gateway:
         raise _unanswered(failure or Unavailable("no node answered."))
 
     async def _choose(self, need: Need, tried: dict[Address, str]) -> Choice:
-        free: dict[Address, int] = {}
+        free, barred = await self._free_escrow()
+        choice = self.directory.choose(need, barred={**barred, **tried}, free_escrow=free)
+        log.debug("node chosen", node=choice.node, considered=len(choice.considered))
+        return choice
+
+    async def _free_escrow(self) -> tuple[dict[Address, int], dict[Address, str]]:
+        """What is not spoken for with each node, and the nodes that this key does not deal with."""
+        free = {node: escrow.available for node, escrow in self._escrows.items()}
         barred: dict[Address, str] = {}
         for account in await asyncio.to_thread(self.client.ledger.accounts):
             if account.blocked:
                 barred[account.node] = f"blocked after a wrong answer: {account.blocked}"
             if (escrow := self._escrows.get(account.node)) is not None:
                 free[account.node] = escrow.available - account.committed(escrow.settled)
-        for node, escrow in self._escrows.items():
-            free.setdefault(node, escrow.available)
-        choice = self.directory.choose(need, barred={**barred, **tried}, free_escrow=free)
-        log.debug("node chosen", node=choice.node, considered=len(choice.considered))
-        return choice
+        return free, barred
 
     def _sign(self, ask: Ask, key: ApiKey | None, choice: Choice) -> SignedRequest:
         """Sign a request that any node may answer at these prices, and set aside what it may cost."""
@@ -240,49 +243,31 @@ class Gateway:
         tokens = attempt.tokens if answer is None else answer.receipt.output_tokens
         if answer is not None:
             await asyncio.to_thread(self.store.close_spend, signed.request_hash, answer.receipt.fee)
+        domain, nonces = self.chain.log_domain, {"gateway_nonce": ask.gateway_nonce, "user_nonce": ask.user_nonce}
         self.metrics.tokens.labels(kind="prompt").inc(len(ask.prompt_ids))
         self.metrics.tokens.labels(kind="completion").inc(tokens)
         return Done(
             finish_reason=attempt.finish_reason,
             prompt_tokens=len(ask.prompt_ids),
             completion_tokens=tokens,
-            proof=None if answer is None else self._proof(ask, answer),
-            header=None if answer is None else self._header(answer),
+            proof=None if answer is None else answer.proof(domain, **nonces),
+            header=None if answer is None else _header(answer.evidence(domain)),
             request_hash=signed.request_hash,
             node=attempt.choice.node,
         )
-
-    # --- proofs ------------------------------------------------------------------------------------------------
-
-    def _evidence(self, answer: Answer) -> dict[str, Any]:
-        return {
-            "receipt": answer.receipt.to_json(),
-            "signature": "0x" + answer.signature.hex(),
-            "request": answer.signed.request.to_json(),
-            "params": answer.signed.params.to_json(),
-            "request_signature": "0x" + answer.signed.signature.hex(),
-            "chain_id": self.chain.chain_id,
-            "log": self.chain.log_domain.verifying_contract,
-            "node_url": answer.node_url,
-        }
-
-    def _proof(self, ask: Ask, answer: Answer) -> dict[str, Any]:
-        return {
-            **self._evidence(answer),
-            "transcript": answer.transcript.to_json(),
-            "gateway_nonce": _hex(ask.gateway_nonce),
-            "user_nonce": _hex(ask.user_nonce),
-        }
-
-    def _header(self, answer: Answer) -> str:
-        text = json.dumps(self._evidence(answer), separators=(",", ":"))
-        return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
     # --- in the background -------------------------------------------------------------------------------------
 
     async def refresh(self) -> None:
         """Look at registry, nodes and escrow. Raises Unavailable without a chain."""
         await self.directory.refresh()
+        await self._read_escrows()
+        standings = self.directory.standings()
+        usable = sum(1 for standing in standings if not standing.unfit)
+        self.metrics.nodes.labels(state="usable").set(usable)
+        self.metrics.nodes.labels(state="unfit").set(len(standings) - usable)
+
+    async def _read_escrows(self) -> None:
         payer = self.client.signer.address
         nodes = [standing.node.address for standing in self.directory.standings()]
 
@@ -290,25 +275,37 @@ class Gateway:
             return {node: self.chain.escrow(payer, node) for node in nodes}
 
         self._escrows = await asyncio.to_thread(read)
-        usable = sum(1 for standing in self.directory.standings() if not standing.unfit)
-        self.metrics.nodes.labels(state="usable").set(usable)
-        self.metrics.nodes.labels(state="unfit").set(len(nodes) - usable)
 
     async def settle(self) -> None:
-        """One round of settling: receipts that are still owed, vouchers, spending, escrow. Idempotent."""
+        """One round of settling: receipts that are still owed, vouchers, spending. Idempotent."""
         for trouble in await self.client.step(self.chain.profile, self.directory.url):
             log.warning("not settled yet", error=trouble[:300])
         await asyncio.to_thread(self._close_spending)
-        if self.escrow is not None:
-            standings = self.directory.standings()
-            usable = [standing.node.address for standing in standings if not standing.unfit]
-            known = [standing.node.address for standing in standings]
-            said = await asyncio.to_thread(self.escrow.step, usable, known)
-            for line in said:
-                log.info("escrow", what=line)
-            if said:
-                await self.refresh()
         self.metrics.open_attempts.set(len(await asyncio.to_thread(self.client.ledger.attempts, "open", "abandoned")))
+
+    async def tend_escrow(self) -> bool:
+        """One round of keeping escrow where it is needed; whether a move is under way. Raises Unavailable."""
+        if self.escrow is None:
+            return False
+        standings = self.directory.standings()
+        usable = [standing.node.address for standing in standings if not standing.unfit]
+        known = [standing.node.address for standing in standings]
+        said = await asyncio.to_thread(self.escrow.step, usable, known)
+        for line in said:
+            log.info("escrow", what=line)
+        if said:
+            await self._read_escrows()
+        # An empty directory is one that was not read yet: look again soon.
+        return bool(said) or self.escrow.under_way or not standings
+
+    async def usable_nodes(self) -> int:
+        """How many nodes could take a request now: live, not blocked, with escrow left."""
+        free, barred = await self._free_escrow()
+        return sum(
+            1
+            for standing in self.directory.standings()
+            if not standing.unfit and standing.node.address not in barred and free.get(standing.node.address, 0) > 0
+        )
 
     def _close_spending(self) -> None:
         for request_hash in self.store.open_requests():
@@ -378,5 +375,6 @@ def _unanswered(error: PoipError) -> PoipError:
     return ApiError(503, "no_node_available", f"no node could take the request: {error.message}")
 
 
-def _hex(value: bytes | None) -> str | None:
-    return None if value is None else "0x" + value.hex()
+def _header(evidence: dict[str, Any]) -> str:
+    text = json.dumps(evidence, separators=(",", ":"))
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")

@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from poip_chain.errors import ConfigurationError
 
@@ -31,6 +31,14 @@ class ModelEntry(BaseModel):
     profile_version: int | None = Field(None, ge=1, description="default: the newest that may be served")
 
 
+class GatewayPlace(BaseModel):
+    """Where a gateway keeps its files: all that a tool needs that looks at them."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    data: Path = Path("~/.poip/gateway")
+
+
 class GatewaySettings(BaseModel):
     """Settings of one gateway. Times in seconds, money in wei of the network's token."""
 
@@ -38,8 +46,12 @@ class GatewaySettings(BaseModel):
 
     rpc_url: str
     deployment: Path = Field(description="deployment file that `poip deploy` wrote")
-    data: Path = Field(description="directory of gateway.db, the ledger and the outbox; one process at a time")
-    key: Path = Field(description="keystore v3 file of the key that signs requests and pays")
+    data: Path = Field(
+        Path("~/.poip/gateway"), description="directory of gateway.db, the ledger and the outbox; one process at a time"
+    )
+    key: Path = Field(
+        Path("~/.poip/keys/gateway.json"), description="keystore v3 file of the key that signs requests and pays"
+    )
     password_file: Path | None = Field(None, description="password of the key; else POIP_PASSWORD or a prompt")
     models: tuple[ModelEntry, ...] = Field(min_length=1, description="models served, each with its directory")
 
@@ -72,6 +84,11 @@ class GatewaySettings(BaseModel):
     escrow_total: int | None = Field(None, ge=0, description="most that all deposits together may hold; default: none")
     escrow_thaw_after: float = Field(7 * 86_400.0, gt=0, description="unused for so long: escrow is taken back")
     allow_prepaid: bool = Field(True, description="pay a request's maximum in advance where a node demands it")
+
+    @field_validator("data", "key", "deployment", "password_file")
+    @classmethod
+    def _home(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser()
 
 
 def load_settings(path: Path | None, **given: Any) -> GatewaySettings:

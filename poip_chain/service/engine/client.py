@@ -33,6 +33,7 @@ NATS = 64
 """Fingerprint values are in 1/64 nat."""
 
 _KEY = "token_id:"
+_REFUSALS = (400, 404, 413, 422)
 
 
 class InputMismatch(IntegrityError):
@@ -273,7 +274,7 @@ async def _error(response: httpx.Response) -> PoipError:
         message = str((body.get("error") or body)["message"])[:500]
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    if response.status_code in (400, 404, 413, 422):
+    if response.status_code in _REFUSALS:
         return InvalidInput(f"the engine refused the request: {message}")
     return Unavailable(f"the engine answered {response.status_code}: {message}")
 
@@ -301,9 +302,12 @@ def _choice(data: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise IntegrityError("the engine sent an event that is not JSON.") from error
     if isinstance(event, dict) and "error" in event:
-        error_body = event["error"]
-        message = error_body.get("message") if isinstance(error_body, dict) else error_body
-        raise Unavailable(f"the engine failed while answering: {str(message)[:300]}")
+        # vLLM validates a streamed request after it has sent the status line: a refusal comes as an event, too.
+        body = event["error"] if isinstance(event["error"], dict) else {"message": event["error"]}
+        message = str(body.get("message"))[:300]
+        if body.get("code") in _REFUSALS:
+            raise InvalidInput(f"the engine refused the request: {message}")
+        raise Unavailable(f"the engine failed while answering: {message}")
     choices = event.get("choices") if isinstance(event, dict) else None
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         raise IntegrityError("the engine sent an event without exactly one choice.")

@@ -22,7 +22,6 @@ from poip_chain.service.node.ports import Answered, Asked, Change, Committed, En
 from poip_chain.service.node.schema import Duty, DutyKind
 from poip_chain.spec.objects import Batch, Part, Profile, Request, SamplingParams, Voucher
 from poip_chain.spec.offences import TranscriptRoots
-from poip_chain.spec.offences import TranscriptRoots
 from poip_chain.spec.transcript import Transcript
 from poip_chain.spec.types import Address
 

@@ -20,7 +20,7 @@ from poip_chain.service.node.batching import Batching
 from poip_chain.service.node.collection import Collector
 from poip_chain.service.node.faults import crash_point
 from poip_chain.service.node.ledger import Ledger
-from poip_chain.service.node.metrics import NodeMetrics
+from poip_chain.service.node.metrics import WEI, NodeMetrics
 from poip_chain.service.node.ports import Answered, Asked, Change, Committed, Ended, NodeChain
 from poip_chain.service.node.schema import BatchState, DutyKind
 from poip_chain.service.node.store import Store
@@ -29,6 +29,19 @@ log = structlog.get_logger("poip.node")
 
 PRUNE_INTERVAL = 600.0
 _ENDED = {BatchStatus.FINAL: BatchState.FINAL, BatchStatus.CONVICTED: BatchState.CONVICTED}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Counts:
+    """What a node has: receipts signed, their fees (wei), receipts in no batch, and batches, payers' shares of batches
+    and open duties by state or kind."""
+
+    receipts: int
+    fees: int
+    unbatched: int
+    batches: dict[str, int]
+    collections: dict[str, int]
+    duties: dict[str, int]
 
 
 class Jobs:
@@ -140,19 +153,31 @@ class Jobs:
             if dropped := self._store.prune(int(now - self._retention)):
                 log.info("transcripts dropped", count=dropped)
 
+    def counts(self) -> Counts:
+        """What the database holds, by state."""
+        receipts, fees, unbatched = self._store.totals()
+        states = dict(self._store.rows("SELECT state, count(*) FROM batches GROUP BY state"))
+        return Counts(
+            receipts=receipts,
+            fees=fees,
+            unbatched=unbatched,
+            batches={state.value: int(states.get(state.value, 0)) for state in BatchState},
+            collections=self._ledger.collections(),
+            duties={kind.value: len(self._ledger.open_duties(kind)) for kind in DutyKind},
+        )
+
     def refresh(self, metrics: NodeMetrics) -> None:
         """Set the gauges that are counted in the database."""
-        count, fees, unbatched = self._store.totals()
-        metrics.receipts.set(count)
-        metrics.fees.set(fees / 10**18)
-        metrics.unbatched.set(unbatched)
-        states = dict(self._store.rows("SELECT state, count(*) FROM batches GROUP BY state"))
-        for state in BatchState:
-            metrics.batches.labels(state=state.value).set(states.get(state.value, 0))
-        for name, number in self._ledger.collections().items():
+        counts = self.counts()
+        metrics.receipts.set(counts.receipts)
+        metrics.fees.set(counts.fees / WEI)
+        metrics.unbatched.set(counts.unbatched)
+        for name, number in counts.batches.items():
+            metrics.batches.labels(state=name).set(number)
+        for name, number in counts.collections.items():
             metrics.collections.labels(state=name).set(number)
-        for kind in DutyKind:
-            metrics.duties.labels(kind=kind.value).set(len(self._ledger.open_duties(kind)))
+        for name, number in counts.duties.items():
+            metrics.duties.labels(kind=name).set(number)
 
 
 class Loop:

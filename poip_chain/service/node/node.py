@@ -7,6 +7,7 @@ real ones from settings.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -271,7 +272,14 @@ class Node:
         trouble = self.jobs.trouble()
         down = not engine or self.jobs.fatal is not None or "follow" in trouble
         status = "down" if down else "degraded" if trouble else "ok"
-        return {"status": status, "engine": engine, "trouble": trouble}
+        counts = await asyncio.to_thread(self.jobs.counts)
+        return {
+            "status": status,
+            "engine": engine,
+            "trouble": trouble,
+            **dataclasses.asdict(counts),
+            "fees": str(counts.fees),
+        }
 
     def exposition(self) -> bytes:
         """GET /metrics."""

@@ -23,10 +23,10 @@ class NodeSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rpc_url: str
-    deployment: Path = Field(description="deployment file that `poip deploy` wrote")
-    data: Path = Field(description="directory of node.db and the outbox; one node process at a time may use it")
-    key: Path = Field(description="keystore v3 file of the node key")
+    rpc_url: str = "http://127.0.0.1:8545"
+    deployment: Path = Field(Path("~/.poip/deployment.json"), description="deployment file that `poip deploy` wrote")
+    data: Path = Field(Path("~/.poip/node"), description="directory of the databases; for one node process at a time")
+    key: Path = Field(Path("~/.poip/keys/node.json"), description="keystore v3 file of the node key")
     password_file: Path | None = Field(None, description="password of the key; else POIP_PASSWORD or a prompt")
     node: str | None = Field(None, description="the node's name: its first node key; default: this key's address")
 
@@ -93,6 +93,11 @@ class NodeSettings(BaseModel):
         if value is not None and not re.fullmatch(r"0x[0-9a-fA-F]{64}", value):
             raise ValueError("must be 0x and 64 hex digits")
         return value
+
+    @field_validator("deployment", "data", "key", "password_file")
+    @classmethod
+    def _home(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser()
 
     @property
     def withhold_after(self) -> int | None:

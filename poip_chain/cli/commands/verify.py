@@ -1,0 +1,132 @@
+"""Check an answer's proof against the chain, trusting neither gateway nor node"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from poip_chain.cli import output
+from poip_chain.cli.context import HASH, Context, command_context
+from poip_chain.cli.main import EXIT_CHECK_FAILED
+from poip_chain.errors import InvalidInput
+
+MARKS = {"ok": "ok", "failed": "FAILED", "not checked": "-"}
+
+
+@click.command("verify")
+@click.argument("file", type=click.Path(allow_dash=True, path_type=Path))
+@click.option("--messages", type=click.Path(path_type=Path), help="Your chat messages as JSON, to check the prompt.")
+@click.option("--prompt", type=click.Path(path_type=Path), help="Your prompt as text, for a completion.")
+@click.option("--answer", type=click.Path(path_type=Path), help="The text you received, if FILE does not hold it.")
+@click.option("--model", type=click.Path(path_type=Path), help="Directory with the model's tokenizer, to check texts.")
+@click.option("--seed", type=int, help="The seed that you sent.")
+@click.option("--user-nonce", type=HASH, help="The nonce that you sent.")
+@click.option("--require-final", is_flag=True, help="Fail unless the batch is final.")
+@command_context
+def command(
+    context: Context,
+    file: Path,
+    messages: Path | None,
+    prompt: Path | None,
+    answer: Path | None,
+    model: Path | None,
+    seed: int | None,
+    user_nonce: bytes | None,
+    require_final: bool,
+) -> None:
+    """Check FILE (- for standard input): an OpenAI answer, its `poip.proof` field, a file of `poip chat --save`, or the
+    text of an x-poip-receipt header.
+
+    Exit code 0: every check that could be made holds; 4: a check failed. Checks that could not be made are listed.
+    """
+    from poip_chain.control.verify import Expected, verify_proof
+    from poip_chain.control.view import NetworkView
+
+    document = read_document(file)
+    given = _texts(document)
+    expected = Expected(
+        messages=_json(messages) if messages else given["messages"],
+        prompt=prompt.read_text() if prompt else None,
+        answer=answer.read_text() if answer else given["answer"],
+        seed=seed,
+        user_nonce=user_nonce or given["user_nonce"],
+    )
+    report = verify_proof(find_proof(document), NetworkView(context.network), tokenizer_dir=model, expected=expected)
+
+    def text() -> None:
+        output.table(["check", "result", "what"], [[c.name, MARKS[c.result], c.detail] for c in report.checks])
+        click.echo("")
+        if report.failed:
+            click.echo(f"NOT VERIFIED: {', '.join(check.name for check in report.failed)}.")
+        else:
+            left = f", {len(report.unchecked)} could not be checked" if report.unchecked else ""
+            click.echo(f"Verified: nothing is wrong{left}. The receipt is {report.status}.")
+
+    output.result(report.to_json(), text)
+    if report.failed or (require_final and report.status != "final"):
+        raise click.exceptions.Exit(EXIT_CHECK_FAILED)
+
+
+def read_document(file: Path) -> dict[str, Any]:
+    """The JSON object in a file, or in a header's base64url text. Raises InvalidInput."""
+    from poip_chain.control.verify import MAX_PROOF_BYTES
+    from poip_chain.spec.strict_json import parse_json_object
+
+    if str(file) == "-":
+        raw = sys.stdin.buffer.read(MAX_PROOF_BYTES + 1)
+    else:
+        with file.open("rb") as handle:
+            raw = handle.read(MAX_PROOF_BYTES + 1)
+    if len(raw) > MAX_PROOF_BYTES:
+        raise InvalidInput(f"{file} is larger than {MAX_PROOF_BYTES} bytes.")
+    raw = raw.strip()
+    if raw and not raw.startswith(b"{"):
+        try:
+            raw = base64.b64decode(raw + b"=" * (-len(raw) % 4), altchars=b"-_", validate=True)
+        except binascii.Error as error:
+            raise InvalidInput(f"{file} is neither JSON nor the text of an x-poip-receipt header.") from error
+    return parse_json_object(raw)
+
+
+def find_proof(document: dict[str, Any]) -> Any:
+    """The proof within what `read_document` read. Raises InvalidInput."""
+    if "receipt" in document:
+        return document
+    inner = document.get("poip")
+    proof = inner.get("proof") if isinstance(inner, dict) else document.get("proof")
+    if proof is None:
+        raise InvalidInput(
+            "there is no proof in this file.",
+            hint="The `poip` field of an answer, or the last chunk of a streamed one, has it.",
+        )
+    return proof
+
+
+def _texts(document: dict[str, Any]) -> dict[str, Any]:
+    """What the file itself says about question and answer."""
+    found: dict[str, Any] = {"messages": document.get("messages"), "answer": None, "user_nonce": None}
+    if isinstance(document.get("answer"), str):
+        found["answer"] = document["answer"]
+    choices = document.get("choices")
+    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
+        message = choices[0].get("message")
+        text = message.get("content") if isinstance(message, dict) else choices[0].get("text")
+        found["answer"] = text if isinstance(text, str) else None
+    nonce = document.get("user_nonce")
+    if isinstance(nonce, str) and "receipt" not in document:
+        from poip_chain.spec.eip712 import parse_hex
+
+        found["user_nonce"] = parse_hex(nonce, "user_nonce", 32)
+    return found
+
+
+def _json(path: Path) -> Any:
+    from poip_chain.spec.strict_json import parse_json
+
+    value = parse_json(path.read_bytes())
+    return value.get("messages") if isinstance(value, dict) else value
