@@ -27,7 +27,7 @@ MAXIMUM_SUPPLY = 10**10 * UNIT
 EPHEMERAL = "local"
 ROLE_NODE, ROLE_PEER = 1, 2
 SIGNATURE_LIFETIME = 3600
-JUDGES = ("Offences", "TranscriptOffences", "Availability")
+JUDGES = ("Offences", "Availability")
 # Of the deployment file, as poip_chain/chain/deployment.py writes it.
 SCHEMA = 1
 # Where `poip` looks for it too.
@@ -99,7 +99,6 @@ def deploy_all(owner: Any, short_windows: bool) -> dict[str, Any]:
     log = deploy("CommitmentLog", registry, models, parameters)
     deploy("PaymentVault", token, log, registry, parameters, owner.address)
     deploy("Offences", log, registry, models, parameters)
-    deploy("TranscriptOffences", log, registry, models, parameters)
     deploy("Availability", token, log, registry, parameters)
     registry.initialize(log, sender=owner)
     for name in ("CommitmentLog", *JUDGES):

@@ -189,7 +189,7 @@ class Follower:
             # The endpoint lags behind what it (or a sibling) told before, with no sign of another branch: wait for it.
             return []
         # Those of a branch that has gone. Its events stay until their removal is committed.
-        pass
+        self._db.execute("DELETE FROM checkpoints WHERE name=? AND number>?", (self._name, ancestor))
         removed = [Removed(self._event(row)) for row in self._committed_above(ancestor)]
         start, skip = self._resume_point(ancestor)
         changes: list[Change] = list(removed)

@@ -333,7 +333,7 @@ class WatchtowerStore:
     def answers(self, batch_id: int, position: int) -> dict[Chunk, Answer]:
         """What was published on chain of one receipt's record, by chunk."""
         rows = self._rows("SELECT * FROM answers WHERE batch_id=? AND position=?", batch_id, position)
-        return {_parse_chunk(row["chunk"]): Answer.from_json(json.loads(row["answer"])) for row in rows}
+        return {parse_chunk(row["chunk"]): Answer.from_json(json.loads(row["answer"])) for row in rows}
 
     # receipts observed
 
@@ -417,6 +417,7 @@ def _chunk_text(chunk: Chunk) -> str:
     return f"{int(chunk[0])}:{chunk[1]}"
 
 
-def _parse_chunk(text: str) -> Chunk:
+def parse_chunk(text: str) -> Chunk:
+    """The inverse of a chunk's form in the database."""
     part, first_leaf = text.split(":")
     return Part(int(part)), int(first_leaf)

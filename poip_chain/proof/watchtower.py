@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+from eth_hash.auto import keccak
 
 from poip_chain.chain.follower import Added, Event, Follower, Removed
-from poip_chain.chain.outbox import Outbox
+from poip_chain.chain.outbox import Outbox, State
 from poip_chain.chain.rpc import Call, Chain
 from poip_chain.economic.clients.log import BEACON_TARGET_DISTANCE
 from poip_chain.economic.network import Network
@@ -27,9 +28,9 @@ from poip_chain.economic.types import Evidence as ReceiptEvidence
 from poip_chain.errors import TransactionFailed, Unavailable
 from poip_chain.proof.audit import MALFORMED, Auditor, Finding, Outcome, receipt_evidence, write_proposal
 from poip_chain.proof.fetch import NodeReader, NodeWithholds, Record
-from poip_chain.proof.publication import Answer, assemble, next_chunk, published_leaves
+from poip_chain.proof.publication import Answer, Chunk, assemble, next_chunk, published_leaves
 from poip_chain.proof.settings import Mode, WatchtowerSettings
-from poip_chain.proof.store import AuditRow, AuditState, BatchRow, BatchState, WatchtowerStore
+from poip_chain.proof.store import AuditRow, AuditState, BatchRow, BatchState, WatchtowerStore, parse_chunk
 from poip_chain.spec.objects import Batch, Part, Receipt, audit_selection
 from poip_chain.spec.types import Hash32
 
@@ -285,10 +286,10 @@ class Watchtower:
         log.warning("withheld", batch=audit.batch_id, position=audit.position, node=row.batch.node, reason=reason)
         draws = audit_selection(row.beacon or bytes(32), row.batch.id, row.batch.count, row.batch.audit_rate_ppm)
         call = self._network.availability.challenge(row.batch, draws.index(audit.position), *chunk)
-        where = f"{row.batch.id}:{row.batch.root.hex()[:16]}:{audit.position}:{int(chunk[0])}:{chunk[1]}"
+        key = _challenge_key(row.batch, audit.position, chunk)
         if self._settings.mode is not Mode.DEFEND or self._outbox is None:
             detail = {"position": audit.position, "reason": reason}
-            self._propose(f"challenge:{where}", row.batch.id, "challenge", call, detail)
+            self._propose(key, row.batch.id, "challenge", call, detail)
             return
         bond = self._network.parameters.value_at("availability_bond", row.batch.parameters_version)
         if not self._store.reserve_bond(row.batch.id, audit.position, chunk, bond, self._settings.bond_budget):
@@ -296,9 +297,9 @@ class Watchtower:
             report.add("over_budget")
             return
         try:
-            self._submit_beacon(row.batch)
-            self._approve(bond)
-            self._outbox.execute(call, f"challenge:{where}")
+            if not (self._beacon_submitted(row.batch) and self._approved(bond)):
+                return
+            self._outbox.send(call, key)
         except TransactionFailed as error:
             # Somebody else's challenge of the same leaves serves as well as ours; anything else is tried again.
             log.warning("challenge refused", batch=row.batch.id, position=audit.position, reason=str(error))
@@ -307,25 +308,31 @@ class Watchtower:
         self._store.set_audit_state(row.batch.id, audit.position, AuditState.CHALLENGED)
         report.add("challenged")
 
-    def _submit_beacon(self, batch: Batch) -> None:
+    def _beacon_submitted(self, batch: Batch) -> bool:
+        """Whether the contract has the batch's beacon; if not, it is sent, and a later round goes on."""
         assert self._outbox is not None
-        if self._network.log.beacon_of(batch) is None:
-            target = self._target_block(batch)
-            header = self._chain.raw_header(target)
-            try:
-                self._outbox.execute(self._network.log.submit_beacon(header), f"beacon:{target}:{batch.id}")
-            except TransactionFailed:
-                if self._network.log.beacon_of(batch) is None:
-                    raise
+        if self._network.log.beacon_of(batch) is not None:
+            return True
+        target = self._target_block(batch)
+        header = self._chain.raw_header(target)
+        self._outbox.send(self._network.log.submit_beacon(header), f"beacon:{target}:{keccak(header).hex()[:16]}")
+        return False
 
-    def _approve(self, bond: int) -> None:
+    def _approved(self, bond: int) -> bool:
+        """Whether the contract may take a bond; if not, the budget is approved, and a later round goes on."""
         assert self._outbox is not None
         availability = self._network.availability.address
-        allowance = self._network.token.allowance(self._outbox.address, availability)
-        if allowance < bond:
-            total = max(self._settings.bond_budget, bond)
-            number = len(self._store.challenges())
-            self._outbox.execute(self._network.token.approve(availability, total), f"approve:{availability}:{number}")
+        if self._network.token.allowance(self._outbox.address, availability) >= bond:
+            return True
+        self._send_unless_open("approve", self._network.token.approve(availability, self._settings.bond_budget))
+        return False
+
+    def _send_unless_open(self, purpose: str, call: Call) -> None:
+        """Send a call that may be due again and again, but only one at a time."""
+        assert self._outbox is not None
+        waiting = [t for t in self._outbox.transactions() if t.state is State.OPEN]
+        if not any(t.idempotency_key.startswith(f"{purpose}:") for t in waiting):
+            self._outbox.send(call, f"{purpose}:{self._chain.block_number()}")
 
     def _challenges(self, now: int, report: Report) -> None:
         """Resolve challenges that were not answered in time, anybody's: the event then closes them."""
@@ -333,26 +340,35 @@ class Watchtower:
             return
         for challenge in self._store.challenges():
             row = self._store.batch(challenge["batch_id"])
+            if challenge["state"] == "reserved" and row is not None:
+                self._check_sent(row.batch, challenge)
             if challenge["state"] != "open" or now <= challenge["deadline"] or row is None:
                 continue
             number = challenge["challenge_id"]
             try:
-                self._outbox.execute(self._network.availability.resolve(number, row.batch), f"resolve:{number}")
+                self._outbox.send(self._network.availability.resolve(number, row.batch), f"resolve:{number}")
                 report.add("resolved")
             except TransactionFailed as error:
                 # Answered at the last moment, or resolved by somebody else: the next round reads which.
                 log.info("resolve refused", challenge=number, reason=str(error))
         self._claim()
 
+    def _check_sent(self, batch: Batch, challenge: dict[str, Any]) -> None:
+        """Give a challenge up that was sent and came too late: somebody else's is followed instead."""
+        assert self._outbox is not None
+        position, chunk = challenge["position"], parse_chunk(challenge["chunk"])
+        key = _challenge_key(batch, position, chunk)
+        if self._outbox.known(key) and self._outbox.status(key).state in (State.REVERTED, State.STOPPED):
+            self._store.release_bond(batch.id, position, chunk)
+            self._store.set_audit_state(batch.id, position, AuditState.FETCH)
+
     def _claim(self) -> None:
         """Fetch bonds and rewards that the contracts hold for us."""
         assert self._outbox is not None
-        owed = self._network.availability.claimable(self._outbox.address)
-        if owed:
-            self._outbox.execute(self._network.availability.claim(), f"claim:{self._chain.block_number()}")
-        reward = self._network.registry.rewards(self._outbox.address)
-        if reward:
-            self._outbox.execute(self._network.registry.claim_reward(), f"reward:{self._chain.block_number()}")
+        if self._network.availability.claimable(self._outbox.address):
+            self._send_unless_open("claim", self._network.availability.claim())
+        if self._network.registry.rewards(self._outbox.address):
+            self._send_unless_open("reward", self._network.registry.claim_reward())
 
     # offences
 
@@ -379,8 +395,8 @@ class Watchtower:
         if state != "found":
             return
         try:
-            self._outbox.execute(finding.call, finding.key)
-            self._store.set_filing(finding.key, "done")
+            self._outbox.send(finding.call, finding.key)
+            self._store.set_filing(finding.key, "sent")
             report.add("filed")
         except TransactionFailed as error:
             log.info("filing refused", kind=finding.kind, reason=str(error))
@@ -393,3 +409,7 @@ class Watchtower:
         log.warning("offence" if call is None else "proposed", kind=kind, **detail)
         if self._settings.mode is Mode.PROPOSE and call is not None:
             write_proposal(self._settings.data / "proposals", Finding(key, kind, call, detail))
+
+
+def _challenge_key(batch: Batch, position: int, chunk: Chunk) -> str:
+    return f"challenge:{batch.id}:{batch.root.hex()[:16]}:{position}:{int(chunk[0])}:{chunk[1]}"

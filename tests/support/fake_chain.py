@@ -5,6 +5,7 @@ It executes nothing: a transaction is mined as successful unless `reverting` say
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,10 +62,14 @@ class FakeChain:
         self.reverts = ""
         self.reverting: set[bytes] = set()
         self.calls = 0
-        self.before_logs: list[Any] = []
+        self.interruption: tuple[int, Callable[[], None]] | None = None
 
     def _ask(self) -> None:
         self.calls += 1
+        if self.interruption is not None and self.calls >= self.interruption[0]:
+            _, happens = self.interruption
+            self.interruption = None
+            happens()
         if self.away:
             raise Unavailable("the fake chain is away.")
 
@@ -148,8 +153,6 @@ class FakeChain:
 
     def logs(self, parameters: dict[str, Any]) -> list[Any]:
         self._ask()
-        if self.before_logs:
-            self.before_logs.pop(0)()
         first, last = parameters["fromBlock"], parameters["toBlock"]
         topics = [bytes(topic) for topic in parameters["topics"][0]]
         return [
@@ -160,6 +163,10 @@ class FakeChain:
         ]
 
     # what happens to it
+
+    def interrupt(self, after: int, happens: Callable[[], None]) -> None:
+        """Let something happen at the start of the call that follows `after` more calls."""
+        self.interruption = (self.calls + after + 1, happens)
 
     def mine(self, count: int = 1, *, fill: bool = True, foreign: int = 0) -> None:
         """Seal blocks; the first takes every transaction of the mempool that is next in line."""

@@ -126,9 +126,7 @@ def test_a_second_form_of_a_signature_is_refused(devnet: Devnet) -> None:
         devnet.submit(forged.encode())
 
 
-@pytest.mark.parametrize(
-    "raw", [b"", b"\x02", b"\x03\xc0", b"\x04\xc0", b"\xc0", b"\x7f", b"\xff" * 40, b"\x02" + b"\xc1" * 9]
-)
+@pytest.mark.parametrize("raw", [b"", b"\x02", b"\x03\xc0", b"\x04\xc0", b"\xc0", b"\x7f", b"\xff" * 40, b"\x02\xc1"])
 def test_nonsense_is_refused(devnet: Devnet, raw: bytes) -> None:
     with pytest.raises(TransactionRejected):
         devnet.submit(raw)
@@ -155,7 +153,7 @@ def test_a_full_block_leaves_the_rest_for_the_next(devnet: Devnet) -> None:
     devnet.submit(signed(devnet, 0, account=1))
     assert len(devnet.mine().transactions) == 4  # what counts is the gas that was used, not the limit asked for
     for nonce in range(3, 6):
-        devnet.submit(signed(devnet, nonce, gas=30_000_000, to=b"", data="0x5b600056"))  # runs until its gas is gone
+        devnet.submit(signed(devnet, nonce, gas=30_000_000, to=b"", data="0xfe"))  # burns all of its gas
     assert [len(devnet.mine().transactions) for _ in range(3)] == [2, 1, 0]
 
 

@@ -198,6 +198,18 @@ def test_a_restart_sends_the_same_bytes_again(chain: FakeChain, open_outbox: Ope
         assert outbox.status("a").state is State.MINED
 
 
+def test_a_forgotten_transaction_keeps_its_nonce(chain: FakeChain, open_outbox: Opener) -> None:
+    with open_outbox(rebroadcast_after=0.0) as outbox:
+        outbox.send(call(1), "a")
+        chain.mempool.clear()
+        outbox.send(call(2), "b")
+        assert (outbox.status("a").nonce, outbox.status("b").nonce) == (0, 1)
+        outbox.step()
+        chain.mine()
+        outbox.step()
+        assert outbox.status("a").state is State.MINED and outbox.status("b").state is State.MINED
+
+
 def test_one_process_owns_an_outbox(open_outbox: Opener) -> None:
     with open_outbox(), pytest.raises(Refused, match="another process"):
         open_outbox()

@@ -32,8 +32,8 @@ MAX_CONTEXT = 1024
 STAKE = 1_000 * TOKEN
 INPUT_PRICE = 2 * 10**13
 OUTPUT_PRICE = 10**14
-CHEAT_DISCOUNT = 2
-"""The cheat sells at half the price: that is what serving a cheaper model is for."""
+CHEAT_PRICE_PERCENT = 90
+"""The cheat undercuts the others: that is what serving a cheaper model is for."""
 ESCROW_PER_NODE = 50 * TOKEN
 BOND_BUDGET = 10 * TOKEN
 BATCH_AGE = 5.0
@@ -181,8 +181,8 @@ class LocalNetwork:
                 outbox.execute(_coins(node.node_key), f"coins:{node.name}")
         for node in self.nodes:
             peer_key = create_development_key(self._keys / f"{node.name}-peer.json")
-            price = CHEAT_DISCOUNT if node.degradation else 1
-            offer = Offer(self.hashes.model_id, 1, INPUT_PRICE // price, OUTPUT_PRICE // price)
+            percent = CHEAT_PRICE_PERCENT if node.degradation else 100
+            offer = Offer(self.hashes.model_id, 1, INPUT_PRICE * percent // 100, OUTPUT_PRICE * percent // 100)
             operator = node.operator
             with self.outbox(operator) as outbox:
                 register = register_call(network, operator.address, node.node_key, peer_key, operator.address, node.url)
