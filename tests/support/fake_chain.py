@@ -152,15 +152,15 @@ class FakeChain:
         return None
 
     def logs(self, parameters: dict[str, Any]) -> list[Any]:
-        self._ask()
-        first, last = parameters["fromBlock"], parameters["toBlock"]
         topics = [bytes(topic) for topic in parameters["topics"][0]]
-        return [
-            log
-            for block in self.blocks[first : last + 1]
-            for log in block.logs
-            if bytes(log["topics"][0]) in topics and log["address"] in parameters["address"]
-        ]
+        found: list[Any] = []
+        # Block by block, as real endpoints do: the chain may change in between.
+        for number in range(parameters["fromBlock"], parameters["toBlock"] + 1):
+            self._ask()
+            for log in self.blocks[number].logs if number < len(self.blocks) else []:
+                if bytes(log["topics"][0]) in topics and log["address"] in parameters["address"]:
+                    found.append(log)
+        return found
 
     # what happens to it
 

@@ -1,0 +1,233 @@
+"""The payment vault under random sequences of actions, beside a model that keeps the same books in plain Python.
+
+After each step: every wei is where the model says; nothing was paid twice; no payer lost more than it signed; what a
+convicted batch drew goes back.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import boa
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from tests.contracts import system
+from tests.contracts.network import CONVICTED, FINAL, PENDING, Committed, Network, Server, voucher_for
+from tests.contracts.system import Account, account
+
+PAYERS = (account("first payer"), account("second payer"))
+ACCUSER = account("accuser").address
+payers = st.sampled_from(PAYERS)
+amounts = st.integers(1, 8 * 10**15)
+
+
+class PaymentMachine(RuleBasedStateMachine):
+    """Actions are plain methods; each does the same to the chain and to the model."""
+
+    network: ClassVar[Network]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor: AbstractContextManager[Any] = boa.env.anchor()
+        self.anchor.__enter__()
+        self.server = Server.start(self.network)
+        self.node = self.server.node
+        self.batches: list[Committed] = []
+        self.status: dict[int, int] = {}
+        self.escrow = dict.fromkeys(PAYERS, 0)
+        self.thawing = dict.fromkeys(PAYERS, 0)
+        self.thaw_end = dict.fromkeys(PAYERS, 0)
+        self.settled = dict.fromkeys(PAYERS, 0)
+        self.signed = dict.fromkeys(PAYERS, 0)
+        self.deposited = dict.fromkeys(PAYERS, 0)
+        self.withdrawn = dict.fromkeys(PAYERS, 0)
+        self.intervals: dict[Account, list[tuple[int, int, int]]] = {payer: [] for payer in PAYERS}
+        self.buckets: dict[tuple[int, Account], int] = {}
+        self.earned = self.treasury = self.paid_out = 0
+
+    def teardown(self) -> None:
+        self.anchor.__exit__(None, None, None)
+
+    # Payers ------------------------------------------------------------------------------------------------------
+
+    @rule(payer=payers, amount=amounts)
+    def deposit(self, payer: Account, amount: int) -> None:
+        self.network.deposit(payer.address, self.node, amount)
+        self.escrow[payer] += amount
+        self.deposited[payer] += amount
+
+    @rule(payer=payers, amount=amounts)
+    def thaw(self, payer: Account, amount: int) -> None:
+        if amount > self.escrow[payer] - self.thawing[payer]:
+            with boa.reverts("vault: not so much is available"):
+                self.network.vault.thaw(self.node, amount, sender=payer.address)
+            return
+        self.network.vault.thaw(self.node, amount, sender=payer.address)
+        self.thawing[payer] += amount
+        self.thaw_end[payer] = system.now() + self.network.value("thaw_period")
+
+    @rule(payer=payers)
+    def cancel_thaw(self, payer: Account) -> None:
+        if self.thawing[payer]:
+            self.network.vault.cancel_thaw(self.node, sender=payer.address)
+            self.thawing[payer] = self.thaw_end[payer] = 0
+
+    @rule(payer=payers, wait=st.booleans())
+    def withdraw(self, payer: Account, wait: bool) -> None:
+        if not self.thawing[payer]:
+            with boa.reverts("vault: nothing is thawing"):
+                self.network.vault.withdraw(self.node, sender=payer.address)
+            return
+        if wait:
+            boa.env.time_travel(seconds=max(1, self.thaw_end[payer] - system.now()))
+        if system.now() < self.thaw_end[payer]:
+            with boa.reverts("vault: still thawing"):
+                self.network.vault.withdraw(self.node, sender=payer.address)
+            return
+        amount = self.network.vault.withdraw(self.node, sender=payer.address)
+        assert amount == self.thawing[payer] <= self.escrow[payer]
+        self.escrow[payer] -= amount
+        self.withdrawn[payer] += amount
+        self.thawing[payer] = self.thaw_end[payer] = 0
+
+    # The node ----------------------------------------------------------------------------------------------------
+
+    @rule(who=st.lists(payers, min_size=1, max_size=4), tokens=st.integers(1, 60))
+    def commit(self, who: list[Account], tokens: int) -> None:
+        answers = [self.server.serve(payer, tokens + i) for i, payer in enumerate(who)]
+        committed = self.server.commit(answers)
+        self.batches.append(committed)
+        self.status[committed.batch.id] = PENDING
+
+    @precondition(lambda self: self.batches)
+    @rule(data=st.data(), payer=payers, prepaid=st.booleans(), shift=st.sampled_from([0, 0, 0, -1, 1, 10**15]))
+    def collect(self, data: st.DataObject, payer: Account, prepaid: bool, shift: int) -> None:
+        committed = data.draw(st.sampled_from(self.batches))
+        own = [i for i, a in enumerate(committed.answers) if a.receipt.payer == payer.address]
+        if not own:
+            return
+        first = data.draw(st.sampled_from(own))
+        last = data.draw(st.sampled_from([i for i in own if i >= first]))
+        receipt, start = committed.answers[last].receipt, committed.answers[first].receipt
+        changes: dict[str, Any] = {"cumulative": max(0, receipt.payer_cum + shift)}
+        if prepaid:
+            changes["last_receipt_hash"] = bytes(32)
+        voucher, signature = voucher_for(self.network, payer, receipt, **changes)
+        self.signed[payer] = max(self.signed[payer], voucher.cumulative)
+
+        low = max(start.payer_cum - start.fee, self.settled[payer])
+        high = min(receipt.payer_cum, voucher.cumulative)
+        amount = min(high - low, self.escrow[payer])
+        if self.status[committed.batch.id] == CONVICTED or amount <= 0:
+            with boa.reverts():
+                self.server.collect(voucher, signature, committed, first, last)
+            return
+        assert self.server.collect(voucher, signature, committed, first, last) == amount
+        self.settled[payer] = low + amount
+        self.escrow[payer] -= amount
+        self.thawing[payer] = min(self.thawing[payer], self.escrow[payer])
+        key = (committed.batch.id, payer)
+        self.buckets[key] = self.buckets.get(key, 0) + amount
+        self.intervals[payer].append((low, low + amount, committed.batch.id))
+
+    @rule()
+    def withdraw_earnings(self) -> None:
+        if self.earned:
+            assert self.network.vault.withdraw_earnings(self.node) == self.earned
+            self.paid_out += self.earned
+            self.earned = 0
+
+    # What becomes of batches -------------------------------------------------------------------------------------
+
+    @precondition(lambda self: PENDING in self.status.values())
+    @rule(data=st.data())
+    def finalize(self, data: st.DataObject) -> None:
+        committed = data.draw(st.sampled_from([b for b in self.batches if self.status[b.batch.id] == PENDING]))
+        self.network.finalize(committed.batch)
+        self.status[committed.batch.id] = FINAL
+
+    @precondition(lambda self: PENDING in self.status.values())
+    @rule(data=st.data())
+    def convict(self, data: st.DataObject) -> None:
+        committed = data.draw(st.sampled_from([b for b in self.batches if self.status[b.batch.id] == PENDING]))
+        batch = committed.batch.values()
+        if not self.network.log.convictable(self.network.offences, batch):
+            return
+        self.network.log.convict(batch, ACCUSER, bytes(32), bytes(32), sender=self.network.offences.address)
+        self.status[committed.batch.id] = CONVICTED
+        self.server.leave_jail()
+
+    @precondition(lambda self: self.batches)
+    @rule(data=st.data(), payer=payers)
+    def settle(self, data: st.DataObject, payer: Account) -> None:
+        committed = data.draw(st.sampled_from(self.batches))
+        batch, status = committed.batch, self.status[committed.batch.id]
+        amount = self.buckets.get((batch.id, payer), 0)
+        if status == PENDING or not amount:
+            with boa.reverts():
+                self.network.vault.settle(batch.values(), payer.address)
+            return
+        assert self.network.vault.settle(batch.values(), payer.address) == amount
+        self.buckets[(batch.id, payer)] = 0
+        if status == CONVICTED:
+            self.escrow[payer] += amount
+        else:
+            fee = amount * self.network.value("protocol_fee") // 10**6
+            self.treasury += fee
+            self.earned += amount - fee
+
+    # Invariants --------------------------------------------------------------------------------------------------
+
+    @invariant()
+    def books_agree(self) -> None:
+        vault = self.network.vault
+        for payer in PAYERS:
+            held = vault.escrow(payer.address, self.node)
+            assert held == (self.escrow[payer], self.thawing[payer], held[2])
+            assert vault.available(payer.address, self.node) == self.escrow[payer] - self.thawing[payer]
+            assert vault.settled(payer.address, self.node) == self.settled[payer]
+            assert self.network.token.balanceOf(payer.address) == self.withdrawn[payer]
+        for (batch_id, payer), amount in self.buckets.items():
+            assert vault.bucket(batch_id, payer.address) == amount
+        assert (vault.earned(self.node), vault.treasury_due()) == (self.earned, self.treasury)
+
+    @invariant()
+    def every_wei_is_accounted_for(self) -> None:
+        held = sum(self.escrow.values()) + sum(self.buckets.values()) + self.earned + self.treasury
+        assert self.network.vault.total_held() == held == self.network.token.balanceOf(self.network.vault)
+        assert held + self.paid_out + sum(self.withdrawn.values()) == sum(self.deposited.values())
+
+    @invariant()
+    def nothing_is_paid_twice(self) -> None:
+        for payer in PAYERS:
+            ordered = self.intervals[payer]
+            assert all(a[1] <= b[0] for a, b in pairwise(ordered))
+            if ordered:
+                assert ordered[-1][1] == self.settled[payer]
+
+    @invariant()
+    def no_payer_loses_more_than_it_signed(self) -> None:
+        for payer in PAYERS:
+            refundable = sum(
+                amount
+                for (batch_id, who), amount in self.buckets.items()
+                if who is payer and self.status[batch_id] == CONVICTED
+            )
+            lost = self.deposited[payer] - self.withdrawn[payer] - self.escrow[payer] - refundable
+            assert lost <= self.signed[payer]
+            kept = sum(b - a for a, b, i in self.intervals[payer] if self.status[i] != CONVICTED)
+            assert lost == kept, "what a convicted batch drew is the payer's again"
+
+
+def test_payments(network: Network) -> None:
+    PaymentMachine.network = network
+    run_state_machine_as_test(
+        PaymentMachine,
+        settings=settings(
+            max_examples=12, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
