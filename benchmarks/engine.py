@@ -71,7 +71,9 @@ async def _compare(url: str, name: str, batch: int, rounds: int, say: Progress) 
                 await asyncio.gather(*(once(1000 * number + i) for i in range(batch)))
                 if number:  # round 0 warms up
                     rates[arm].append(batch * tokens / (time.perf_counter() - start))
-            say(f"batch {batch}: round {number} of {rounds}")
+            if number:
+                last = ", ".join(f"{arm} {values[-1]:.1f}" for arm, values in rates.items())
+                say(f"batch {batch}, round {number} of {rounds}: {last} tokens/s")
     rows: list[Row] = []
     how = (
         f"one server, arms interleaved, {rounds} rounds of {batch} x {tokens} tokens, {TOP_LOGPROBS} log-probabilities"

@@ -79,6 +79,8 @@ credits: public(HashMap[address, uint256])
 challenge_of: public(HashMap[bytes32, uint256])
 # The demand for a node's seq; zero if there was none.
 demand_of: public(HashMap[address, HashMap[uint64, uint256]])
+# One more than the next seq at which a node was last slashed for not committing.
+_withheld_at: HashMap[address, uint256]
 _challenges: HashMap[uint256, Challenge]
 _demands: HashMap[uint256, Demand]
 
@@ -94,14 +96,17 @@ event Challenged:
     bond: uint256
 
 
+# All that an accusation or a re-execution needs, also where the answer came through another contract.
 event Answered:
     id: indexed(uint256)
     batch_id: indexed(uint64)
     receipt: objects.Receipt
+    receipt_proof: DynArray[bytes32, 32]
     request: objects.Request
     params: objects.SamplingParams
     roots: objects.TranscriptRoots
     leaves: DynArray[Bytes[512], CHUNK]
+    proof: DynArray[bytes32, 64]
 
 
 event Resolved:
@@ -243,7 +248,15 @@ def answer(
     self._credit(staticcall INodeRegistry(registry).payout_of(batch.node), compensation)
     self._credit(asked.challenger, asked.bond - compensation)
     log Answered(
-        id=id, batch_id=batch.id, receipt=receipt, request=request, params=params, roots=roots, leaves=leaves
+        id=id,
+        batch_id=batch.id,
+        receipt=receipt,
+        receipt_proof=receipt_proof,
+        request=request,
+        params=params,
+        roots=roots,
+        leaves=leaves,
+        proof=proof,
     )
     extcall ICommitmentLog(commitment_log).close_case(batch)
     # A judge that was removed meanwhile must still let the node answer.
@@ -323,18 +336,23 @@ def demand_commit(receipt: objects.Receipt, signature: Bytes[65]) -> uint256:
 def resolve_demand(id: uint256) -> bool:
     """
     @notice End a demand: once the seq is covered, or after its deadline. By anyone. The bond goes back to the demander,
-            who is the beneficiary if the node is slashed.
+            who is the beneficiary if the node is slashed. Receipts are committed in order, so all that wait at one next
+            seq are one fault: a node is slashed once until it commits again.
     @param id The demand.
     @return Whether the node was slashed.
     """
     asked: Demand = self._demands[id]
     assert asked.status == OPEN, "availability: demand is not open"
-    slashed: bool = not self._covered(asked.node, asked.seq)
-    if slashed:
+    slashed: bool = False
+    self._demands[id].status = ANSWERED
+    if not self._covered(asked.node, asked.seq):
         assert block.timestamp > convert(asked.deadline, uint256), "availability: the node may still commit"
-        self._demands[id].status = WITHHELD
-    else:
-        self._demands[id].status = ANSWERED
+        next_seq: uint64 = staticcall ICommitmentLog(commitment_log).next_seq(asked.node)
+        slashed = self._withheld_at[asked.node] != convert(next_seq, uint256) + 1
+        self._withheld_at[asked.node] = convert(next_seq, uint256) + 1
+        self._demands[id].status = VOID
+        if slashed:
+            self._demands[id].status = WITHHELD
     self._credit(asked.demander, asked.bond)
     log DemandResolved(id=id, node=asked.node, slashed=slashed)
     if slashed:
@@ -372,7 +390,8 @@ def challenge_info(id: uint256) -> Challenge:
 @view
 def demand_info(id: uint256) -> Demand:
     """
-    @notice A demand to commit; status 1 open, 2 committed, 3 withheld (the node was slashed).
+    @notice A demand to commit; status 1 open, 2 committed, 3 withheld (the node was slashed), 4 withheld together with
+            another demand that the node was slashed for.
     """
     return self._demands[id]
 

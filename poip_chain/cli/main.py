@@ -113,7 +113,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code. Deliberate errors are printed without a traceback."""
     output.reset()
     try:
-        cli.main(args=None if arguments is None else list(arguments), prog_name="poip", standalone_mode=False)
+        code = cli.main(args=None if arguments is None else list(arguments), prog_name="poip", standalone_mode=False)
+        # Without standalone mode click returns the code of an Exit, and otherwise what the command returned.
+        return code if type(code) is int else EXIT_DONE
     except click.exceptions.Exit as exit_:
         return int(exit_.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -150,7 +152,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
             "internal_error",
         )
         return EXIT_FAILED
-    return EXIT_DONE
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from poip_chain.control.checks import (
     require,
     transcript_checks,
 )
+from poip_chain.control.faults import crash_point
 from poip_chain.control.ledger import Attempt, Ledger, SignedVoucher
 from poip_chain.control.wire import MAX_EVENT_BYTES, MAX_MESSAGE, ServerEvent, error_body, server_events
 from poip_chain.errors import InvalidInput, InvalidSignature, PoipError, Refused, Unavailable
@@ -210,6 +211,7 @@ class NodeClient:
                 settled=escrow.settled,
                 now=int(self.clock()),
             )
+            crash_point("gateway_opened")
             voucher: SignedVoucher | None = None
             while True:
                 try:
@@ -257,6 +259,7 @@ class NodeClient:
                     if event.name == "token":
                         token = _token(event, len(received), signed, profile)
                         received.append(token.token_id)
+                        crash_point("gateway_first_token")
                         silent_until = loop.time() + limits.between_tokens
                         yield token
                     elif event.name == "receipt":
@@ -298,7 +301,9 @@ class NodeClient:
             transcript = Transcript.from_json(payload["transcript"])
             answer = Answer(signed, receipt, signature, transcript, url)
             await asyncio.to_thread(_check_answer, answer, profile, tuple(received))
+            crash_point("gateway_receipt_checked")
             state, vouchers = await asyncio.to_thread(self.ledger.accept, receipt, signature)
+            crash_point("gateway_accepted")
         except (BadAnswer, InvalidInput) as error:
             reason = str(error)
             await asyncio.to_thread(
@@ -422,6 +427,7 @@ class NodeClient:
         except Unavailable:
             return False
         if status in (200, 204):
+            crash_point("gateway_voucher_taken")
             await asyncio.to_thread(self.ledger.delivered, voucher.id)
             return True
         if 400 <= status < 500 and status not in (408, 429):

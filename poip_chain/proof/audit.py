@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from eth_hash.auto import keccak
+
 from poip_chain.chain.rpc import Call
 from poip_chain.economic.network import Network
 from poip_chain.economic.types import Evidence as ReceiptEvidence
@@ -24,7 +26,7 @@ from poip_chain.proof.receipts import check_receipt
 from poip_chain.proof.reexecution import LogitSource
 from poip_chain.proof.scoring import Judgement, judge
 from poip_chain.proof.store import Observed
-from poip_chain.spec.merkle import merkle_proof
+from poip_chain.spec.merkle import merkle_levels, merkle_proof
 from poip_chain.spec.objects import Batch, Part, Profile, Receipt, Request, SamplingParams
 from poip_chain.spec.offences import (
     NO_PART,
@@ -39,15 +41,39 @@ from poip_chain.spec.offences import (
     sequence_fault,
 )
 from poip_chain.spec.scores import Verdict
+from poip_chain.spec.types import Hash32
 
 MALFORMED = "malformed"
 NOT_EXECUTED = "not_executed"
 """Verdict where no copy of the model is at hand: everything but the computation was checked."""
 
 
+class BatchReceipts:
+    """The receipts of a batch, and where each stands in its tree; the tree is built once, on demand."""
+
+    def __init__(self, batch: Batch, receipts: Sequence[Receipt]) -> None:
+        self.batch = batch
+        self.receipts = receipts
+        self._levels: list[list[Hash32]] | None = None
+
+    def evidence(self, position: int) -> ReceiptEvidence:
+        """The proof that the receipt stands at its position."""
+        if self._levels is None:
+            self._levels = merkle_levels([receipt.struct_hash() for receipt in self.receipts])
+        proof, index = [], position
+        for level in self._levels[:-1]:
+            if index ^ 1 < len(level):  # else it is promoted without a sibling
+                proof.append(level[index ^ 1])
+            index //= 2
+        return ReceiptEvidence(batch=self.batch, index=position, proof=tuple(proof))
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """An offence. `call` is the transaction that proves it; None for what no contract judges yet (wrong computation)."""
+    """An offence. `call` is the transaction that proves it; None for what no contract judges yet (wrong computation).
+
+    `key` names finding and transaction, so after a reorganisation the same offence in another batch is another key.
+    """
 
     key: str
     kind: str
@@ -81,7 +107,7 @@ class Outcome:
         return document
 
 
-ReceiptsOf = Callable[[int | None], tuple[Batch, list[dict[str, Any]]] | None]
+ReceiptsOf = Callable[[int], BatchReceipts | None]
 
 
 class Auditor:
@@ -134,7 +160,13 @@ class Auditor:
     def published_findings(
         self, place: ReceiptEvidence, known: Answer, leaves: Mapping[Part, Sequence[bytes]]
     ) -> list[Finding]:
-        """The same for an answer that was published on chain, whose leaves may not even parse."""
+        """The same for an answer that was published on chain, whose leaves may not even parse. `leaves` holds the parts
+        that are published whole so far."""
+        batch = committed_in(place)
+        fault = receipt_fault(known.receipt, known.request, known.params, self.profile(batch), batch)
+        if fault is not None:
+            call = self._network.offences.prove_receipt(known.receipt, place, known.request, known.params)
+            return [_finding(place, fault, call)]
         return self._leaf_findings(place, known.receipt, known.request, known.params, known.roots, leaves)
 
     def _leaf_findings(
@@ -160,9 +192,9 @@ class Auditor:
         )
         return [_finding(place, found.fault, call)]
 
-    def sequence_findings(self, batch: Batch, receipts: Sequence[Receipt]) -> list[Finding]:
+    def sequence_findings(self, known: BatchReceipts) -> list[Finding]:
         """What the batch's receipts show without their requests: places, totals, overlaps of a payer's running total."""
-        findings = []
+        batch, receipts = known.batch, known.receipts
         last_of_payer: dict[str, int] = {}
         pairs = [(i, i) for i in range(len(receipts))] + list(pairwise(range(len(receipts))))
         for i, receipt in enumerate(receipts):
@@ -172,23 +204,20 @@ class Auditor:
         for i, j in pairs:
             fault = sequence_fault(receipts[i], receipts[j], Place(batch, i), Place(batch, j))
             if fault is not None:
-                first, second = (receipt_evidence(batch, k, receipts) for k in (i, j))
+                first, second = known.evidence(i), known.evidence(j)
                 call = self._network.offences.prove_sequence(receipts[i], first, receipts[j], second)
-                findings.append(_finding(second, fault, call))
-                break  # one conviction is all that a batch has to give
-        return findings
+                return [_finding(second, fault, call)]  # one conviction is all that a batch has to give
+        return []
 
     def equivocation_finding(self, a: Observed, b: Observed, receipts_of: ReceiptsOf) -> Finding | None:
-        """The offence that two receipts of one node make together, None if they do not."""
+        """The offence that two receipts of one node make together, None if they do not, or cannot be shown to."""
         if not is_equivocation(a.receipt, b.receipt):
             return None
         sides = []
         for observed in (a, b):
-            committed = receipts_of(observed.batch_id)
+            committed = None if observed.batch_id is None else receipts_of(observed.batch_id)
             if committed is not None and observed.position is not None:
-                batch, entries = committed
-                receipts = [Receipt.from_json(entry["receipt"]) for entry in entries]
-                sides.append(receipt_evidence(batch, observed.position, receipts))
+                sides.append(committed.evidence(observed.position))
             elif self._signed(observed):
                 sides.append(ReceiptEvidence(signature=observed.signature))
             else:
@@ -196,7 +225,7 @@ class Auditor:
         call = self._network.offences.prove_equivocation(a.receipt, sides[0], b.receipt, sides[1])
         hashes = sorted((a.receipt.struct_hash().hex(), b.receipt.struct_hash().hex()))
         detail = {"node": a.receipt.node, "seqs": [a.receipt.seq, b.receipt.seq], "receipts": hashes}
-        return Finding(f"equivocation:{hashes[0]}:{hashes[1]}", "equivocation", call, detail)
+        return Finding(f"equivocation:{hashes[0][:16]}:{hashes[1][:16]}:{digest(call)}", "equivocation", call, detail)
 
     def _signed(self, observed: Observed) -> bool:
         try:
@@ -228,10 +257,9 @@ def committed_in(place: ReceiptEvidence) -> Batch:
     return place.batch
 
 
-def receipt_evidence(batch: Batch, position: int, receipts: Sequence[Receipt]) -> ReceiptEvidence:
-    """The proof that a receipt stands at its position of a batch, whose receipts are all known."""
-    proof = merkle_proof([receipt.struct_hash() for receipt in receipts], [position])
-    return ReceiptEvidence(batch=batch, index=position, proof=tuple(proof))
+def digest(call: Call) -> str:
+    """A short name of a transaction's content."""
+    return keccak(call.data).hex()[:16]
 
 
 def write_proposal(directory: Path, finding: Finding) -> Path:
@@ -239,7 +267,7 @@ def write_proposal(directory: Path, finding: Finding) -> Path:
     if finding.call is None:
         raise ValueError("only a finding with a transaction can be proposed.")
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / (finding.key.replace(":", "-")[:100] + ".json")
+    path = directory / (finding.key.replace(":", "-") + ".json")
     document = {
         "kind": finding.kind,
         "detail": finding.detail,
@@ -247,7 +275,9 @@ def write_proposal(directory: Path, finding: Finding) -> Path:
         "data": "0x" + finding.call.data.hex(),
         "description": finding.call.description,
     }
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(document, indent=1) + "\n")
+    temporary.replace(path)
     return path
 
 
@@ -272,7 +302,7 @@ def _first_fault(
 
 def _finding(place: ReceiptEvidence, fault: Fault, call: Call) -> Finding:
     kind = fault.name.lower()
-    return Finding(_key(kind, place), kind, call, _where(place))
+    return Finding(f"{_key(kind, place)}:{digest(call)}", kind, call, _where(place))
 
 
 def _executed(place: ReceiptEvidence, judgement: Judgement) -> Outcome:

@@ -6,20 +6,19 @@ audit found. `reproduce` names the command that recomputes them from the file an
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from poip_chain.economic.profiles import profile_from_json, profile_to_json
 from poip_chain.errors import InvalidInput
-from poip_chain.proof.fetch import Record, checked_record
+from poip_chain.proof.fetch import NodeWithholds, Record, checked_record
 from poip_chain.spec.eip712 import parse_hex
 from poip_chain.spec.merkle import verify_proof
-from poip_chain.spec.objects import Batch, Profile, ThresholdRow
+from poip_chain.spec.objects import Batch, Profile
 
 VERSION = 1
-TABLES = ("margin_table", "fingerprint_table")
 MAX_FILE_BYTES = 64 * 1024 * 1024
 
 
@@ -66,18 +65,21 @@ class Evidence:
             if data["version"] != VERSION:
                 raise InvalidInput(f"{path} has version {data['version']!r}; this program reads version {VERSION}.")
             evidence = cls(
-                chain_id=int(data["chain_id"]),
+                chain_id=_integer(data["chain_id"], "chain_id"),
                 log=str(data["log"]),
                 batch=Batch.from_json(data["batch"]),
-                position=int(data["position"]),
+                position=_integer(data["position"], "position"),
                 receipt_proof=[parse_hex(node, "receipt_proof", 32) for node in data["receipt_proof"]],
                 profile=profile_from_json(data["profile"]),
                 record=Record.from_json(data["record"]),
                 result=dict(data["result"]),
             )
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise InvalidInput(f"{path} is not an evidence file: {error!r}.") from error
-        checked_record(evidence.record, evidence.record.receipt)
+        try:
+            checked_record(evidence.record, evidence.record.receipt)
+        except NodeWithholds as error:
+            raise InvalidInput(f"{path}: the record does not belong together: {error}") from error
         leaf = evidence.record.receipt.struct_hash()
         batch = evidence.batch
         if not verify_proof(batch.root, [leaf], [evidence.position], batch.count, evidence.receipt_proof):
@@ -85,21 +87,7 @@ class Evidence:
         return evidence
 
 
-def profile_to_json(profile: Profile) -> dict[str, Any]:
-    """All fields by name, tables as [tokens, limit] pairs."""
-    document: dict[str, Any] = {field.name: getattr(profile, field.name) for field in dataclasses.fields(profile)}
-    for name in TABLES:
-        document[name] = [[row.tokens, row.limit] for row in document[name]]
-    return {**document, "end_token_ids": list(profile.end_token_ids)}
-
-
-def profile_from_json(data: Any) -> Profile:
-    """The inverse of `profile_to_json`. Raises InvalidInput."""
-    try:
-        fields = dict(data)
-        for name in TABLES:
-            fields[name] = tuple(ThresholdRow(int(tokens), int(limit)) for tokens, limit in fields[name])
-        fields["end_token_ids"] = tuple(int(token_id) for token_id in fields["end_token_ids"])
-        return Profile(**fields)
-    except (TypeError, ValueError, KeyError) as error:
-        raise InvalidInput(f"a profile is malformed: {error}.") from error
+def _integer(value: Any, name: str) -> int:
+    if type(value) is not int or value < 0:
+        raise InvalidInput(f"{name} must be a whole number, not {value!r:.60}.")
+    return value

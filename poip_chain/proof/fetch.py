@@ -1,27 +1,37 @@
 """Fetch what an audit needs from a node over HTTP, as a distrustful reader: bounded, parsed, checked.
 
 Knows the node's HTTP API (docs/architecture.md) and nothing of the chain. Anything a node answers that does not prove
-itself raises `NodeWithholds`: for an auditor, wrong data and no data are the same thing.
+itself raises `NodeWithholds`: for an auditor, wrong data and no data are the same thing. A node that dawdles costs a
+bounded time, and only its own.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import ssl
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
 
 import httpx
 
 from poip_chain.errors import InvalidInput, Unavailable
 from poip_chain.spec.eip712 import parse_hex
 from poip_chain.spec.merkle import merkle_root
-from poip_chain.spec.objects import Batch, Receipt, Request, SamplingParams
-from poip_chain.spec.offences import TranscriptRoots
-from poip_chain.spec.transcript import Transcript, statement_hash
+from poip_chain.spec.objects import Batch, Part, Receipt, Request, SamplingParams
+from poip_chain.spec.offences import TranscriptRoots, roots_fault, tokens_of
+from poip_chain.spec.transcript import Transcript, leaf_count, statement_hash
+
+T = TypeVar("T")
 
 MAX_RECEIPTS_BYTES = 64 * 1024 * 1024
 """65,536 receipts of about 900 bytes of JSON each."""
 MAX_TRANSCRIPT_BYTES = 16 * 1024 * 1024
+NODES_AT_ONCE = 16
 
 
 class NodeWithholds(Unavailable):
@@ -82,7 +92,8 @@ class Record:
 
 
 class NodeReader:
-    """Reads batches and transcripts from one node's endpoint."""
+    """Reads batches and transcripts from one node's endpoint. `timeout` seconds bound each question as a whole, however
+    slowly the answer drips. Not to be called from inside an event loop."""
 
     def __init__(self, endpoint: str, timeout: float) -> None:
         self._endpoint = endpoint.rstrip("/")
@@ -109,6 +120,8 @@ class NodeReader:
     def record(self, batch: Batch, position: int, receipt: Receipt) -> Record:
         """The full record of the receipt at `position`, matching the receipt's hashes."""
         body = self._get(f"/v1/batches/{batch.id}/transcripts/{position}", MAX_TRANSCRIPT_BYTES)
+        # A node brings the statement's text, and no hash that could stand for another one.
+        body.pop("statement_hash", None)
         try:
             record = Record.from_json(body)
         except InvalidInput as error:
@@ -117,26 +130,85 @@ class NodeReader:
 
     def _get(self, path: str, limit: int) -> dict[str, Any]:
         try:
-            with httpx.stream("GET", self._endpoint + path, timeout=self._timeout) as reply:
-                data = bytearray()
-                for chunk in reply.iter_bytes():
-                    data += chunk
-                    if len(data) > limit:
-                        raise NodeWithholds(f"{path}: the node sent more than {limit} bytes.")
-            if reply.status_code != 200:
-                raise NodeWithholds(f"{path}: the node answered {reply.status_code}.")
-            body = json.loads(data)
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError) as error:
-            raise NodeWithholds(f"{path}: the node did not answer: {error!r}.") from error
+            body = json.loads(asyncio.run(self._fetch(path, limit)))
+        except TimeoutError as error:
+            raise NodeWithholds(f"{path}: the node did not answer within {self._timeout:g} s.") from error
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, RecursionError) as error:
+            raise NodeWithholds(f"{path}: the node did not answer: {error!r:.300}.") from error
         if not isinstance(body, dict):
             raise NodeWithholds(f"{path}: the node did not answer with a JSON object.")
         return body
 
+    async def _fetch(self, path: str, limit: int) -> bytes:
+        url = _url(self._endpoint, path)
+        # Compressed bodies are not asked for: their size would be known only after they are unpacked.
+        headers = {"accept-encoding": "identity", "accept": "application/json"}
+        verify = _tls() if url.startswith("https://") else False
+        async with (
+            asyncio.timeout(self._timeout),
+            httpx.AsyncClient(timeout=self._timeout, verify=verify, trust_env=False, headers=headers) as client,
+            client.stream("GET", url, follow_redirects=False) as reply,
+        ):
+            if reply.status_code != 200:
+                raise NodeWithholds(f"{path}: the node answered {reply.status_code}.")
+            if reply.headers.get("content-encoding", "identity") != "identity":
+                raise NodeWithholds(f"{path}: the node sent a compressed body, which was not asked for.")
+            data = bytearray()
+            async for chunk in reply.aiter_raw():
+                data += chunk
+                if len(data) > limit:
+                    raise NodeWithholds(f"{path}: the node sent more than {limit} bytes.")
+            return bytes(data)
+
+
+def _url(endpoint: str, path: str) -> str:
+    """The URL below an endpoint. Anybody writes endpoints into the registry: one whose path would end up in a query or a
+    fragment, or that brings credentials, is no endpoint."""
+    if not endpoint.startswith(("http://", "https://")) or any(mark in endpoint for mark in "?#@ "):
+        raise NodeWithholds(f"the node's endpoint {endpoint!r:.200} is no plain http or https address.")
+    return endpoint + path
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    """Built once: it takes a tenth of a second."""
+    return httpx.create_ssl_context(trust_env=False)
+
+
+def fetch_all(jobs: Sequence[tuple[str, Callable[[], T]]], seconds: float) -> list[T | NodeWithholds | None]:
+    """Ask several nodes side by side: (node, question) each. A node's questions go one after the other.
+
+    The results in order: what the question returned or the NodeWithholds that it raised; None where a node's time, at
+    least `seconds` in all, ran out before the question was asked.
+    """
+    results: list[T | NodeWithholds | None] = [None] * len(jobs)
+    by_node: dict[str, list[int]] = {}
+    for i, (node, _) in enumerate(jobs):
+        by_node.setdefault(node, []).append(i)
+
+    def ask(indices: list[int]) -> None:
+        until = time.monotonic() + seconds
+        for i in indices:
+            if time.monotonic() >= until:
+                return
+            try:
+                results[i] = jobs[i][1]()
+            except NodeWithholds as error:
+                results[i] = error
+
+    if by_node:
+        with ThreadPoolExecutor(min(NODES_AT_ONCE, len(by_node)), thread_name_prefix="fetch") as pool:
+            for future in [pool.submit(ask, indices) for indices in by_node.values()]:
+                future.result()
+    return results
+
 
 def checked_record(record: Record, receipt: Receipt) -> Record:
-    """`record` if it belongs to the committed `receipt`: same receipt, request, parameters and transcript root.
+    """`record` if it belongs to the committed `receipt`: same receipt, request, parameters and transcript root, and as
+    many leaves in each part as request and receipt say.
 
-    Raises NodeWithholds otherwise: a record that does not match is not the one that was committed.
+    Raises NodeWithholds otherwise: a record that does not match is not the one that was committed. A transcript with
+    too many or too few leaves has no proofs that a contract accepts, so nobody can publish it: it counts as withheld.
     """
     if record.receipt != receipt:
         raise NodeWithholds("the node served the record of another receipt.")
@@ -145,9 +217,15 @@ def checked_record(record: Record, receipt: Receipt) -> Record:
     if record.params.params_hash() != record.request.params_hash:
         raise NodeWithholds("the parameters that the node served are not those of the request.")
     try:
-        root = record.roots().transcript_root()
+        roots = record.roots()
     except InvalidInput as error:
         raise NodeWithholds(f"the transcript cannot be hashed: {error}") from error
-    if root != receipt.transcript_root:
+    if roots.transcript_root() != receipt.transcript_root:
         raise NodeWithholds("the transcript that the node served does not have the root in its receipt.")
+    if roots_fault(receipt, record.request, roots) is not None:
+        return record  # an offence that the roots alone prove
+    for part in Part:
+        expected = leaf_count(part, tokens_of(receipt, record.request, part))
+        if len(record.transcript.leaves(part)) != expected:
+            raise NodeWithholds(f"the transcript's part {part.name.lower()} does not have {expected} leaves.")
     return record

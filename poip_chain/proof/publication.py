@@ -33,12 +33,11 @@ class Answer:
     @classmethod
     def from_event(cls, args: Mapping[str, Any], receipt_proof: Sequence[bytes]) -> Answer:
         """From the arguments of an `Answered` event and the receipt's proof, which only the call's data holds."""
-        temperature, top_p, top_k, stop_ids, ignore_eos = args["params"]
         return cls(
-            receipt=Receipt(*args["receipt"]),
-            request=Request(*args["request"]),
-            params=SamplingParams(temperature, top_p, top_k, tuple(stop_ids), ignore_eos),
-            roots=TranscriptRoots(*args["roots"]),
+            receipt=Receipt(**args["receipt"]),
+            request=Request(**args["request"]),
+            params=_params(args["params"]),
+            roots=TranscriptRoots(**args["roots"]),
             leaves=tuple(bytes(leaf) for leaf in args["leaves"]),
             receipt_proof=tuple(bytes(node) for node in receipt_proof),
         )
@@ -70,11 +69,24 @@ class Answer:
         return cls(
             receipt=Receipt.from_json(data["receipt"]),
             request=Request.from_json(data["request"]),
-            params=SamplingParams.from_json(data["params"]),
+            params=_params(data["params"]),
             roots=TranscriptRoots(request_hash, data["finish_reason"], statement, prompt, output, fingerprint),
             leaves=tuple(bytes.fromhex(leaf) for leaf in data["leaves"]),
             receipt_proof=tuple(bytes.fromhex(node) for node in data["receipt_proof"]),
         )
+
+
+def _params(values: Mapping[str, Any]) -> SamplingParams:
+    """Parameters as the chain has them, unchecked.
+
+    A node may have committed to some that no SamplingParams allows (stop ids out of order): that is an offence to be
+    shown to the contract as it stands, and no reason to stumble over the event.
+    """
+    params = object.__new__(SamplingParams)
+    for name in ("temperature_milli", "top_p_milli", "top_k", "ignore_eos"):
+        object.__setattr__(params, name, values[name])
+    object.__setattr__(params, "stop_token_ids", tuple(values["stop_token_ids"]))
+    return params
 
 
 Chunk = tuple[Part, int]
@@ -88,24 +100,36 @@ def next_chunk(answers: Mapping[Chunk, Answer]) -> Chunk | None:
         return FIRST_CHUNK
     known = next(iter(answers.values()))
     for part in Part:
-        tokens = known.request.prompt_tokens if part is Part.PROMPT else known.receipt.output_tokens
-        for first in range(0, leaf_count(part, tokens), CHUNK):
+        for first in range(0, leaf_count(part, _tokens(known, part)), CHUNK):
             if (part, first) not in answers:
                 return part, first
     return None
 
 
 def published_leaves(answers: Mapping[Chunk, Answer]) -> dict[Part, list[bytes]]:
-    """All leaves by part, in order; call it when `next_chunk` is None."""
-    return {
-        part: [leaf for chunk in sorted(answers) if chunk[0] is part for leaf in answers[chunk].leaves] for part in Part
-    }
+    """The leaves, in order, of those parts that are published whole. A part without tokens is always whole."""
+    known = next(iter(answers.values()))
+    whole = {}
+    for part in Part:
+        count = leaf_count(part, _tokens(known, part))
+        if count > CHUNK * len(answers):
+            continue
+        chunks = [answers.get((part, first)) for first in range(0, count, CHUNK)]
+        leaves = [leaf for answer in chunks if answer is not None for leaf in answer.leaves]
+        if None not in chunks and len(leaves) == count:
+            whole[part] = leaves
+    return whole
+
+
+def _tokens(known: Answer, part: Part) -> int:
+    return known.request.prompt_tokens if part is Part.PROMPT else known.receipt.output_tokens
 
 
 def assemble(answers: Mapping[Chunk, Answer]) -> Record:
     """The whole record of an answer whose leaves show no fault; call it when `next_chunk` is None."""
     known = next(iter(answers.values()))
-    data = {part: b"".join(leaves) for part, leaves in published_leaves(answers).items()}
+    leaves = published_leaves(answers)
+    data = {part: b"".join(leaves[part]) for part in Part}
     prompt_ids, output_ids = (
         tuple(int.from_bytes(data[part][i : i + 4], "little") for i in range(0, len(data[part]), 4))
         for part in (Part.PROMPT, Part.OUTPUT)

@@ -42,14 +42,16 @@ class Judgement:
 def judge(records: Sequence[Record], profile: Profile, source: LogitSource) -> list[Judgement]:
     """Re-execute answers, batched where that helps, and judge each.
 
-    Raises InvalidInput if a record has no output or ids outside the vocabulary: such answers are malformed, and are
-    judged without re-execution (spec/offences.py).
+    Raises InvalidInput if a record has no output, ids outside the vocabulary, or fingerprints for another number of
+    positions: such answers are malformed, and are judged without re-execution (spec/offences.py).
     """
     answers = []
     for record in records:
         ids = (*record.transcript.prompt_ids, *record.transcript.output_ids)
         if not record.transcript.prompt_ids or not record.transcript.output_ids or max(ids) >= profile.vocab_size:
             raise InvalidInput("an answer without tokens, or with ids outside the vocabulary, cannot be re-executed.")
+        if len(record.transcript.fingerprints) != len(record.transcript.output_ids):
+            raise InvalidInput("an answer is re-executed with one fingerprint for each output token.")
         answers.append(Answer(record.transcript.prompt_ids, record.transcript.output_ids))
     found: list[list[PositionScore]] = [[] for _ in records]
     for i, position, row in source.rows(answers):

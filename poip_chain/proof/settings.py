@@ -38,7 +38,10 @@ class WatchtowerSettings(BaseModel):
     )
     poll_interval: float = Field(1.0, gt=0)
     confirmations: int = Field(0, ge=0, description="blocks to wait before a batch is believed")
-    node_timeout: float = Field(10.0, gt=0)
-    fetch_attempts: int = Field(3, ge=1, description="tries before a node that does not serve is challenged on chain")
+    node_timeout: float = Field(10.0, gt=0, description="for one question to a node, however slowly it answers")
+    fetch_attempts: int = Field(
+        3, ge=1, description="tries before a node that does not serve is challenged; one in the window's second half"
+    )
+    audits_per_round: int = Field(64, ge=1, description="receipts fetched and re-executed in one round at most")
     torch_threads: int = Field(1, ge=1)
     metrics_port: int | None = None

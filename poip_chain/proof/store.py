@@ -1,49 +1,41 @@
-"""The watchtower's memory: batches seen, audits under way and done, bonds that stand, receipts observed.
+"""The watchtower's memory: batches seen, audits under way and done, receipts observed, and (cases.py) what it does
+about them.
 
-SQLite in WAL mode; every method is one transaction, so a kill at any point leaves a state that `step()` goes on from.
-It knows nothing of the chain or of nodes.
+It knows nothing of the chain or of nodes. What is large is dropped by `prune` once nobody can be punished by it any
+more; one short row for each batch and audit stays.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from poip_chain.proof.publication import Answer, Chunk
-from poip_chain.spec.objects import Batch, Part, Receipt
+from poip_chain.proof.cases import CaseStore, Challenge, Filing, FilingState
+from poip_chain.spec.objects import Batch, Receipt
+
+__all__ = [
+    "AuditRow",
+    "AuditState",
+    "BatchRow",
+    "BatchState",
+    "Challenge",
+    "Filing",
+    "FilingState",
+    "Observed",
+    "WatchtowerStore",
+    "open_store",
+]
 
 DATABASE = "watchtower.db"
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS batches(
-    id INTEGER PRIMARY KEY, node TEXT NOT NULL, batch TEXT NOT NULL, status TEXT NOT NULL, state TEXT NOT NULL,
-    beacon TEXT, receipts TEXT, attempts INTEGER NOT NULL DEFAULT 0, next_try REAL NOT NULL DEFAULT 0);
-CREATE TABLE IF NOT EXISTS audits(
-    batch_id INTEGER NOT NULL, position INTEGER NOT NULL, state TEXT NOT NULL, verdict TEXT, detail TEXT,
-    evidence TEXT, attempts INTEGER NOT NULL DEFAULT 0, next_try REAL NOT NULL DEFAULT 0,
-    PRIMARY KEY(batch_id, position));
-CREATE TABLE IF NOT EXISTS challenges(
-    batch_id INTEGER NOT NULL, position INTEGER NOT NULL, chunk TEXT NOT NULL, challenge_id INTEGER,
-    bond TEXT NOT NULL, state TEXT NOT NULL, deadline INTEGER, PRIMARY KEY(batch_id, position, chunk));
-CREATE TABLE IF NOT EXISTS answers(
-    batch_id INTEGER NOT NULL, position INTEGER NOT NULL, chunk TEXT NOT NULL, answer TEXT NOT NULL,
-    PRIMARY KEY(batch_id, position, chunk));
-CREATE TABLE IF NOT EXISTS observed(
-    node TEXT NOT NULL, seq INTEGER NOT NULL, request_hash TEXT NOT NULL, struct_hash TEXT NOT NULL,
-    receipt TEXT NOT NULL, signature TEXT, batch_id INTEGER, position INTEGER,
-    PRIMARY KEY(node, struct_hash));
-CREATE INDEX IF NOT EXISTS observed_seq ON observed(node, seq);
-CREATE INDEX IF NOT EXISTS observed_request ON observed(node, request_hash);
-CREATE TABLE IF NOT EXISTS filings(
-    key TEXT PRIMARY KEY, batch_id INTEGER, kind TEXT NOT NULL, state TEXT NOT NULL, detail TEXT NOT NULL);
-"""
 FORGOTTEN_WITH_BATCH = (("batches", "id"), ("audits", "batch_id"), ("challenges", "batch_id"), ("answers", "batch_id"))
+MAX_CONTRADICTIONS = 8
+"""Pairs that one receipt is compared in: a node that signs more contradicting receipts is convicted by the first."""
 
 
 class BatchState(StrEnum):
@@ -65,13 +57,16 @@ class AuditState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class BatchRow:
-    """A batch as remembered. `status` is the chain's: pending, final, convicted or removed (by a reorg)."""
+    """A batch as remembered. `status` is the chain's: pending, final, convicted or removed (by a reorg).
+
+    `has_receipts`: whether its receipts are kept; `WatchtowerStore.receipts` loads them.
+    """
 
     batch: Batch
     status: str
     state: BatchState
     beacon: bytes | None
-    receipts: list[dict[str, Any]] | None
+    has_receipts: bool
     attempts: int
     next_try: float
 
@@ -92,44 +87,17 @@ class AuditRow:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """A signed receipt that was seen somewhere; `batch_id` and `position` if it is committed."""
+    """A signed receipt that was seen somewhere; `batch_id` and `position` if it is committed by the node it names."""
 
+    id: int
     receipt: Receipt
     signature: bytes
     batch_id: int | None
     position: int | None
 
 
-class WatchtowerStore:
+class WatchtowerStore(CaseStore):
     """See the module's docstring. Safe to use from several threads of one process."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.RLock()
-        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self._db.row_factory = sqlite3.Row
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
-        self._db.executescript(SCHEMA)
-
-    def close(self) -> None:
-        """Close the database."""
-        self._db.close()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
-
-    def _rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
-        with self._lock:
-            return self._db.execute(query, values).fetchall()
 
     # batches
 
@@ -143,15 +111,24 @@ class WatchtowerStore:
                 return
             self._forget(db, batch.id)
             db.execute(
-                "INSERT INTO batches(id,node,batch,status,state) VALUES(?,?,?,?,?)",
-                (batch.id, batch.node, body, "pending", BatchState.NEW),
+                "INSERT INTO batches(id,node,batch,status,state,window_end) VALUES(?,?,?,?,?,?)",
+                (batch.id, batch.node, body, "pending", BatchState.NEW, batch.window_end),
             )
 
     @staticmethod
     def _forget(db: sqlite3.Connection, batch_id: int) -> None:
         for table, column in FORGOTTEN_WITH_BATCH:
             db.execute(f"DELETE FROM {table} WHERE {column}=?", (batch_id,))
+        # What contradicted a receipt of the batch is judged again, without the batch.
+        for side in ("a", "b"):
+            db.execute(
+                f"UPDATE contradictions SET state='new' WHERE {side} IN (SELECT id FROM observed WHERE batch_id=?)",
+                (batch_id,),
+            )
         db.execute("UPDATE observed SET batch_id=NULL, position=NULL WHERE batch_id=?", (batch_id,))
+        db.execute(
+            "UPDATE filings SET state='moot' WHERE batch_id=? AND state IN ('found','proposed','sent')", (batch_id,)
+        )
 
     def set_batch_status(self, batch_id: int, status: str) -> None:
         """Record what the chain says of a batch."""
@@ -161,26 +138,51 @@ class WatchtowerStore:
     def set_receipts(
         self, batch_id: int, receipts: list[dict[str, Any]], state: BatchState = BatchState.RECEIPTS
     ) -> None:
-        """Keep the batch's receipts, whose root has been checked, and index them for equivocation."""
-        with self._transaction() as db:
-            db.execute(
-                "UPDATE batches SET receipts=?, state=?, attempts=0, next_try=0 WHERE id=?",
-                (json.dumps(receipts), state, batch_id),
-            )
-            for position, entry in enumerate(receipts):
-                self._observe(db, Receipt.from_json(entry["receipt"]), entry["signature"], batch_id, position)
+        """Keep the batch's receipts, whose root has been checked, and index them for equivocation.
 
-    def set_selected(self, batch_id: int, beacon: bytes, positions: list[int]) -> None:
-        """Record the beacon and open one audit for each selected receipt."""
+        A receipt that names another node than the batch's is no evidence against that node, and is not indexed.
+        """
+        with self._transaction() as db:
+            row = db.execute(
+                "UPDATE batches SET receipts=?, state=?, attempts=0, next_try=0 WHERE id=? RETURNING node",
+                (json.dumps(receipts), state, batch_id),
+            ).fetchone()
+            if row is None:
+                return
+            for position, entry in enumerate(receipts):
+                receipt = Receipt.from_json(entry["receipt"])
+                if receipt.node == row["node"]:
+                    self._observe(db, receipt, entry["signature"], batch_id, position)
+
+    def set_selected(self, batch_id: int, beacon: bytes, positions: Sequence[int]) -> None:
+        """Record the beacon and have exactly these receipts audited; what was found out already is kept."""
         with self._transaction() as db:
             db.execute(
                 "UPDATE batches SET beacon=?, state=? WHERE id=?",
                 ("0x" + beacon.hex(), BatchState.SELECTED, batch_id),
             )
+            self._keep_audits(db, batch_id, positions)
             db.executemany(
                 "INSERT OR IGNORE INTO audits(batch_id,position,state,detail) VALUES(?,?,?,'{}')",
                 [(batch_id, position, AuditState.FETCH) for position in positions],
             )
+
+    def unselect(self, batch_id: int) -> None:
+        """A reorganisation took the batch's beacon away: it is drawn again."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE batches SET beacon=NULL, state=CASE WHEN receipts IS NULL THEN ? ELSE ? END WHERE id=?",
+                (BatchState.NEW, BatchState.RECEIPTS, batch_id),
+            )
+            self._keep_audits(db, batch_id, [])
+
+    @staticmethod
+    def _keep_audits(db: sqlite3.Connection, batch_id: int, positions: Sequence[int]) -> None:
+        rows = db.execute("SELECT position FROM audits WHERE batch_id=? AND state<>'done'", (batch_id,)).fetchall()
+        dropped = {row["position"] for row in rows} - set(positions)
+        db.executemany(
+            "DELETE FROM audits WHERE batch_id=? AND position=?", [(batch_id, position) for position in dropped]
+        )
 
     def finish_batch(self, batch_id: int) -> None:
         """No audit of the batch is open any more."""
@@ -188,44 +190,41 @@ class WatchtowerStore:
             db.execute("UPDATE batches SET state=? WHERE id=?", (BatchState.DONE, batch_id))
 
     def delay_batch(self, batch_id: int, until: float) -> None:
-        """Count a failed attempt and try again after `until` (Unix seconds)."""
+        """Count a failed attempt and try again after `until` (chain time, Unix seconds)."""
         with self._transaction() as db:
             db.execute("UPDATE batches SET attempts=attempts+1, next_try=? WHERE id=?", (until, batch_id))
 
-    def batches(self, state: BatchState | None = None) -> list[BatchRow]:
-        """All batches, or those in one state, oldest first."""
-        if state is None:
-            rows = self._rows("SELECT * FROM batches ORDER BY id")
-        else:
-            rows = self._rows("SELECT * FROM batches WHERE state=? ORDER BY id", state)
-        return [self._batch_row(row) for row in rows]
+    def batches(self, state: BatchState | None = None, *, status: str | None = None) -> list[BatchRow]:
+        """All batches, or those in one state or of one status, oldest first."""
+        rows = self._rows(
+            _BATCH + " WHERE (?1 IS NULL OR state=?1) AND (?2 IS NULL OR status=?2) ORDER BY id", state, status
+        )
+        return [_batch_row(row) for row in rows]
 
     def batch(self, batch_id: int) -> BatchRow | None:
         """One batch, or None."""
-        rows = self._rows("SELECT * FROM batches WHERE id=?", batch_id)
-        return self._batch_row(rows[0]) if rows else None
+        rows = self._rows(_BATCH + " WHERE id=?", batch_id)
+        return _batch_row(rows[0]) if rows else None
 
-    @staticmethod
-    def _batch_row(row: sqlite3.Row) -> BatchRow:
-        return BatchRow(
-            batch=Batch.from_json(json.loads(row["batch"])),
-            status=row["status"],
-            state=BatchState(row["state"]),
-            beacon=bytes.fromhex(row["beacon"][2:]) if row["beacon"] else None,
-            receipts=json.loads(row["receipts"]) if row["receipts"] else None,
-            attempts=row["attempts"],
-            next_try=row["next_try"],
-        )
+    def receipts(self, batch_id: int) -> list[Receipt] | None:
+        """The batch's receipts in order, None if they are not known (or not kept any more)."""
+        rows = self._rows("SELECT receipts FROM batches WHERE id=?", batch_id)
+        if not rows or rows[0]["receipts"] is None:
+            return None
+        return [Receipt.from_json(entry["receipt"]) for entry in json.loads(rows[0]["receipts"])]
 
     # audits
 
-    def audits(self, state: AuditState | None = None, batch_id: int | None = None) -> list[AuditRow]:
-        """Audits, optionally of one state or one batch, oldest first."""
+    def audits(
+        self, state: AuditState | None = None, batch_id: int | None = None, *, due: float | None = None
+    ) -> list[AuditRow]:
+        """Audits, optionally of one state or one batch, or whose next try is not later than `due`; oldest first."""
         rows = self._rows(
             "SELECT * FROM audits WHERE (?1 IS NULL OR state=?1) AND (?2 IS NULL OR batch_id=?2)"
-            " ORDER BY batch_id, position",
+            " AND (?3 IS NULL OR next_try<=?3) ORDER BY batch_id, position",
             state,
             batch_id,
+            due,
         )
         return [
             AuditRow(
@@ -242,98 +241,39 @@ class WatchtowerStore:
         ]
 
     def finish_audit(
-        self, batch_id: int, position: int, verdict: str, detail: dict[str, Any], evidence: Path | None
+        self, batch_id: int, position: int, verdict: str, detail: dict[str, Any], evidence: Path | None = None
     ) -> None:
-        """Close an audit with its verdict."""
+        """Close an open audit with its verdict; one that is closed already keeps the one it has."""
         with self._transaction() as db:
             db.execute(
-                "UPDATE audits SET state=?, verdict=?, detail=?, evidence=? WHERE batch_id=? AND position=?",
-                (
-                    AuditState.DONE,
-                    verdict,
-                    json.dumps(detail),
-                    str(evidence) if evidence else None,
-                    batch_id,
-                    position,
-                ),
+                "UPDATE audits SET state=?, verdict=?, detail=?, evidence=?"
+                " WHERE batch_id=? AND position=? AND state<>'done'",
+                (AuditState.DONE, verdict, json.dumps(detail), str(evidence) if evidence else None, batch_id, position),
             )
 
     def delay_audit(self, batch_id: int, position: int, until: float) -> None:
-        """Count a failed attempt and try again after `until` (Unix seconds)."""
+        """Count a failed attempt and try again after `until` (chain time, Unix seconds)."""
         with self._transaction() as db:
             db.execute(
                 "UPDATE audits SET attempts=attempts+1, next_try=? WHERE batch_id=? AND position=?",
                 (until, batch_id, position),
             )
 
-    def set_audit_state(self, batch_id: int, position: int, state: AuditState) -> None:
-        """Move an open audit between fetching and waiting for an answer on chain."""
-        with self._transaction() as db:
-            db.execute("UPDATE audits SET state=? WHERE batch_id=? AND position=?", (state, batch_id, position))
-
-    # challenges and bonds
-
-    def reserve_bond(self, batch_id: int, position: int, chunk: Chunk, bond: int, budget: int) -> bool:
-        """Reserve `bond` for a challenge unless the bonds that stand would exceed `budget`. True if reserved.
-
-        The reservation is written before the transaction is sent: the budget holds over a kill in between.
-        """
-        with self._transaction() as db:
-            key = (batch_id, position, _chunk_text(chunk))
-            if db.execute("SELECT 1 FROM challenges WHERE batch_id=? AND position=? AND chunk=?", key).fetchone():
-                return True
-            standing = db.execute("SELECT bond FROM challenges WHERE state IN ('reserved','open')").fetchall()
-            if sum(int(row["bond"]) for row in standing) + bond > budget:
-                return False
-            db.execute("INSERT INTO challenges VALUES(?,?,?,NULL,?,'reserved',NULL)", (*key, str(bond)))
-            return True
-
-    def release_bond(self, batch_id: int, position: int, chunk: Chunk) -> None:
-        """Drop a reservation whose transaction was never accepted."""
+    def move_audit(self, batch_id: int, position: int, before: AuditState, after: AuditState) -> None:
+        """Move an audit that is in state `before`; any other is left alone."""
         with self._transaction() as db:
             db.execute(
-                "DELETE FROM challenges WHERE batch_id=? AND position=? AND chunk=? AND state='reserved'",
-                (batch_id, position, _chunk_text(chunk)),
+                "UPDATE audits SET state=?, next_try=0 WHERE batch_id=? AND position=? AND state=?",
+                (after, batch_id, position, before),
             )
 
-    def open_challenge(self, batch_id: int, position: int, chunk: Chunk, challenge_id: int, deadline: int) -> None:
-        """A challenge is on chain: ours, or (with no bond of ours) somebody else's."""
+    def reopen_audit(self, batch_id: int, position: int, verdict: str) -> None:
+        """A reorganisation took the ground of this verdict away: the audit waits for the chain again."""
         with self._transaction() as db:
             db.execute(
-                "INSERT INTO challenges VALUES(?,?,?,?,'0','open',?) ON CONFLICT DO UPDATE SET"
-                " challenge_id=excluded.challenge_id, state='open', deadline=excluded.deadline",
-                (batch_id, position, _chunk_text(chunk), challenge_id, deadline),
+                "UPDATE audits SET state=?, verdict=NULL, detail='{}' WHERE batch_id=? AND position=? AND verdict=?",
+                (AuditState.CHALLENGED, batch_id, position, verdict),
             )
-
-    def close_challenge(self, challenge_id: int, state: str) -> dict[str, Any] | None:
-        """A challenge ended: answered or resolved. Its row, None if it is not known."""
-        with self._transaction() as db:
-            db.execute("UPDATE challenges SET state=? WHERE challenge_id=?", (state, challenge_id))
-            row = db.execute("SELECT * FROM challenges WHERE challenge_id=?", (challenge_id,)).fetchone()
-            return None if row is None else dict(row)
-
-    def challenges(self, batch_id: int | None = None, position: int | None = None) -> list[dict[str, Any]]:
-        """All challenges, or those of one receipt."""
-        rows = self._rows(
-            "SELECT * FROM challenges WHERE (?1 IS NULL OR batch_id=?1) AND (?2 IS NULL OR position=?2)"
-            " ORDER BY batch_id, position",
-            batch_id,
-            position,
-        )
-        return [dict(row) for row in rows]
-
-    def add_answer(self, batch_id: int, position: int, chunk: str, answer: Answer) -> None:
-        """Keep what was published on chain; `chunk` as the challenge's row has it."""
-        with self._transaction() as db:
-            db.execute(
-                "INSERT OR REPLACE INTO answers VALUES(?,?,?,?)",
-                (batch_id, position, chunk, json.dumps(answer.to_json())),
-            )
-
-    def answers(self, batch_id: int, position: int) -> dict[Chunk, Answer]:
-        """What was published on chain of one receipt's record, by chunk."""
-        rows = self._rows("SELECT * FROM answers WHERE batch_id=? AND position=?", batch_id, position)
-        return {parse_chunk(row["chunk"]): Answer.from_json(json.loads(row["answer"])) for row in rows}
 
     # receipts observed
 
@@ -346,61 +286,106 @@ class WatchtowerStore:
     def _observe(
         db: sqlite3.Connection, receipt: Receipt, signature: str, batch_id: int | None, position: int | None
     ) -> None:
-        db.execute(
-            "INSERT INTO observed(node,seq,request_hash,struct_hash,receipt,signature,batch_id,position)"
-            " VALUES(?,?,?,?,?,?,?,?) ON CONFLICT(node,struct_hash) DO UPDATE SET"
-            " batch_id=COALESCE(excluded.batch_id,batch_id), position=COALESCE(excluded.position,position)",
+        # A signature that came with a batch is unchecked and never takes the place of a checked one.
+        row = db.execute(
+            "INSERT INTO observed(node,seq,request_hash,struct_hash,issued_at,receipt,signature,batch_id,position)"
+            " VALUES(?,?,?,?,?,?,?,?,?) ON CONFLICT(node,struct_hash) DO UPDATE SET"
+            " signature=CASE WHEN excluded.batch_id IS NULL THEN excluded.signature ELSE signature END,"
+            " batch_id=COALESCE(excluded.batch_id,batch_id), position=COALESCE(excluded.position,position)"
+            " RETURNING id",
             (
                 receipt.node,
-                receipt.seq,
+                # SQLite's integers have 63 bits; such numbers are only compared, and never committed.
+                min(receipt.seq, 2**63 - 1),
                 receipt.request_hash.hex(),
                 receipt.struct_hash().hex(),
+                min(receipt.issued_at, 2**63 - 1),
                 json.dumps(receipt.to_json()),
                 signature,
                 batch_id,
                 position,
             ),
+        ).fetchone()
+        number = row["id"]
+        others = db.execute(
+            "SELECT id FROM observed WHERE node=?1 AND seq=?2 AND id<>?4"
+            " UNION SELECT id FROM observed WHERE node=?1 AND request_hash=?3 AND id<>?4 ORDER BY id LIMIT ?5",
+            (
+                receipt.node,
+                min(receipt.seq, 2**63 - 1),
+                receipt.request_hash.hex(),
+                number,
+                MAX_CONTRADICTIONS,
+            ),
+        ).fetchall()
+        db.executemany(
+            "INSERT OR IGNORE INTO contradictions VALUES(?,?,'new')",
+            [tuple(sorted((number, other["id"]))) for other in others],
         )
 
-    def equivocations(self) -> list[tuple[Observed, Observed]]:
+    def equivocations(self, *, unjudged: bool = False) -> list[tuple[Observed, Observed]]:
         """Pairs of different receipts with the same (node, seq) or the same (node, request_hash)."""
-        rows = self._rows(
-            "SELECT a.rowid AS a, b.rowid AS b FROM observed a JOIN observed b ON a.node=b.node AND a.rowid<b.rowid"
-            " AND (a.seq=b.seq OR a.request_hash=b.request_hash)"
-        )
-        return [(self._observed(row["a"]), self._observed(row["b"])) for row in rows]
+        rows = self._rows("SELECT a, b FROM contradictions" + (" WHERE state='new'" if unjudged else ""))
+        pairs = [(self._observed(row["a"]), self._observed(row["b"])) for row in rows]
+        return [(a, b) for a, b in pairs if a is not None and b is not None]
 
-    def _observed(self, rowid: int) -> Observed:
-        row = self._rows("SELECT * FROM observed WHERE rowid=?", rowid)[0]
+    def judged(self, a: Observed, b: Observed) -> None:
+        """The pair is dealt with."""
+        with self._transaction() as db:
+            db.execute("UPDATE contradictions SET state='judged' WHERE a=? AND b=?", (a.id, b.id))
+
+    def _observed(self, number: int) -> Observed | None:
+        rows = self._rows("SELECT * FROM observed WHERE id=?", number)
+        if not rows:
+            return None
         return Observed(
-            receipt=Receipt.from_json(json.loads(row["receipt"])),
-            signature=bytes.fromhex(row["signature"][2:]),
-            batch_id=row["batch_id"],
-            position=row["position"],
+            id=number,
+            receipt=Receipt.from_json(json.loads(rows[0]["receipt"])),
+            signature=bytes.fromhex(rows[0]["signature"][2:]),
+            batch_id=rows[0]["batch_id"],
+            position=rows[0]["position"],
         )
 
-    # filings
+    # what is old
 
-    def add_filing(self, key: str, batch_id: int | None, kind: str, state: str, detail: dict[str, Any]) -> bool:
-        """Record an offence to file once; False if it is known already."""
+    def prune(self, now: int, evidence_window: int) -> None:
+        """Drop what nobody can be punished by any more.
+
+        Receipts of settled batches and receipts handed in go `evidence_window` seconds after the batch's window or
+        their own issue; published answers go with their batch's receipts, and batches that a reorganisation took away
+        go whole. Evidence files are not touched.
+        """
+        limit = now - evidence_window
+        old = "SELECT id FROM batches WHERE state='done' AND status IN ('final','convicted') AND window_end<?"
         with self._transaction() as db:
-            cursor = db.execute(
-                "INSERT OR IGNORE INTO filings(key,batch_id,kind,state,detail) VALUES(?,?,?,?,?)",
-                (key, batch_id, kind, state, json.dumps(detail)),
+            db.execute(f"DELETE FROM answers WHERE batch_id IN ({old})", (limit,))
+            db.execute(f"DELETE FROM observed WHERE batch_id IN ({old})", (limit,))
+            db.execute("DELETE FROM observed WHERE batch_id IS NULL AND issued_at<?", (limit,))
+            db.execute(
+                "DELETE FROM contradictions WHERE a NOT IN (SELECT id FROM observed)"
+                " OR b NOT IN (SELECT id FROM observed)"
             )
-            return cursor.rowcount == 1
+            db.execute(f"UPDATE batches SET receipts=NULL WHERE receipts IS NOT NULL AND id IN ({old})", (limit,))
+            removed = db.execute("SELECT id FROM batches WHERE status='removed' AND window_end<?", (limit,)).fetchall()
+            for row in removed:
+                self._forget(db, row["id"])
 
-    def set_filing(self, key: str, state: str) -> None:
-        """Move a filing on: found, proposed, sent, done or refused."""
-        with self._transaction() as db:
-            db.execute("UPDATE filings SET state=? WHERE key=?", (state, key))
 
-    def filings(self) -> list[dict[str, Any]]:
-        """All filings."""
-        return [
-            {**dict(row), "detail": json.loads(row["detail"])}
-            for row in self._rows("SELECT * FROM filings ORDER BY rowid")
-        ]
+_BATCH = (
+    "SELECT id, batch, status, state, beacon, receipts IS NOT NULL AS has_receipts, attempts, next_try FROM batches"
+)
+
+
+def _batch_row(row: sqlite3.Row) -> BatchRow:
+    return BatchRow(
+        batch=Batch.from_json(json.loads(row["batch"])),
+        status=row["status"],
+        state=BatchState(row["state"]),
+        beacon=bytes.fromhex(row["beacon"][2:]) if row["beacon"] else None,
+        has_receipts=bool(row["has_receipts"]),
+        attempts=row["attempts"],
+        next_try=row["next_try"],
+    )
 
 
 @contextmanager
@@ -411,13 +396,3 @@ def open_store(data: Path) -> Iterator[WatchtowerStore]:
         yield store
     finally:
         store.close()
-
-
-def _chunk_text(chunk: Chunk) -> str:
-    return f"{int(chunk[0])}:{chunk[1]}"
-
-
-def parse_chunk(text: str) -> Chunk:
-    """The inverse of a chunk's form in the database."""
-    part, first_leaf = text.split(":")
-    return Part(int(part)), int(first_leaf)

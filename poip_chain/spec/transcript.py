@@ -102,8 +102,8 @@ class Transcript:
                 f"finish_reason must be one of {sorted(reasons)}, not {data['finish_reason']!r:.40}."
             )
         statement = data["engine_statement"]
-        if not isinstance(statement, str) or len(statement.encode(errors="replace")) > MAX_STATEMENT_BYTES:
-            raise InvalidInput(f"engine_statement must be a text of at most {MAX_STATEMENT_BYTES} bytes.")
+        if not isinstance(statement, str) or not _encodes(statement, MAX_STATEMENT_BYTES):
+            raise InvalidInput(f"engine_statement must be a text of at most {MAX_STATEMENT_BYTES} bytes of UTF-8.")
         raw = parse_hex(data["fingerprints"], "fingerprints")
         if len(raw) % POSITION_BYTES:
             raise InvalidInput(f"fingerprints must be a multiple of {POSITION_BYTES} bytes, not {len(raw)}.")
@@ -181,6 +181,14 @@ def leaf_size(part: Part, index: int, tokens: int) -> int:
     """The exact length in bytes of leaf `index` when the part covers `tokens` tokens."""
     per_leaf, unit = (POSITIONS_PER_LEAF, POSITION_BYTES) if part is Part.FINGERPRINT else (IDS_PER_LEAF, 4)
     return min(per_leaf, tokens - index * per_leaf) * unit
+
+
+def _encodes(text: str, most: int) -> bool:
+    """Whether a text is at most `most` bytes of UTF-8. JSON can hold half of a surrogate pair, which is no text."""
+    try:
+        return len(text.encode()) <= most
+    except UnicodeEncodeError:
+        return False
 
 
 def checked_ids(value: Any, name: str) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from poip_chain.spec.merkle import verify_proof
 from poip_chain.spec.objects import FinishReason, Part
 from tests.contracts import system
 from tests.contracts.network import (
@@ -191,6 +192,13 @@ class TestAnswer:
         assert list(event.leaves) == answer.transcript.leaves(part)[first_leaf : first_leaf + 8]
         assert tuple(event.receipt) == answer.receipt.values()
         assert tuple(event.request) == answer.request.values()
+        assert verify_proof(
+            committed.batch.root,
+            [answer.receipt.struct_hash()],
+            [asked.index],
+            committed.batch.count,
+            list(event.receipt_proof),
+        )
         assert asked.status == ANSWERED
         assert network.log.open_cases(committed.batch.id) == 0
 
@@ -381,6 +389,24 @@ class TestDemands:
         assert network.availability.demand_info(demand_id).status == WITHHELD
         with boa.reverts("availability: demand is not open"):
             network.availability.resolve_demand(demand_id)
+
+    def test_receipts_that_wait_together_are_one_fault(self, network: Network, server: Server) -> None:
+        answers = [server.serve(CLIENT) for _ in range(3)]
+        demands = [self.demand(network, server, answer) for answer in answers]
+        boa.env.time_travel(seconds=network.value("response_window") + 1)
+        before = network.stake_of(server.node)
+        assert [network.availability.resolve_demand(d) for d in demands] == [True, False, False]
+        after = network.stake_of(server.node)
+        assert after == before - before * network.value("fixed_slash_share") // 10**6
+        assert network.availability.demand_info(demands[2]).status == VOID
+        assert network.availability.credits(CHALLENGER) == 3 * BOND
+
+        server.leave_jail()
+        server.commit(answers)
+        late = self.demand(network, server, server.serve(CLIENT))
+        boa.env.time_travel(seconds=network.value("response_window") + 1)
+        assert network.availability.resolve_demand(late), "it had committed again, so this is another fault"
+        assert network.stake_of(server.node) < after
 
     def test_committed(self, network: Network, server: Server) -> None:
         answer = server.serve(CLIENT)

@@ -225,10 +225,10 @@ class TestReceipts:
                     prove(network, answer, evidence)
                 with boa.reverts("offences: no fault"):
                     prove_transcript(network, answer, evidence)
-                for part in Part:
-                    for index in range(len(answer.transcript.leaves(part))):
-                        with boa.reverts("offences: no fault"):
-                            prove_transcript(network, answer, evidence, *leaf_arguments(answer, part, index))
+            for part in Part:
+                for index in range(len(answer.transcript.leaves(part))):
+                    with boa.reverts("offences: no fault"):
+                        prove_transcript(network, answer, committed.evidence(0), *leaf_arguments(answer, part, index))
             with boa.reverts("offences: no fault"):
                 network.offences.prove_sequence(*committed.accuse(0), *committed.accuse(0))
 

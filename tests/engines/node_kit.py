@@ -205,7 +205,6 @@ class Kit:
             clock=lambda: float(self.chain.state.time),
         )
         self.node.check_start()
-        self.node.jobs.chain_time = self.chain.state.time
 
     def restart(self) -> None:
         """Close and open again."""

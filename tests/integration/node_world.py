@@ -245,12 +245,12 @@ class NodeProcess:
 class World:
     """See the module's docstring. `block_time` seconds; the contracts are deployed with a block per transaction first."""
 
-    def __init__(self, rpc_url: str, folder: Path) -> None:
+    def __init__(self, rpc_url: str, folder: Path, windows: dict[str, int]) -> None:
         self.rpc_url, self.folder = rpc_url, folder
         self.chain = Chain(rpc_url, timeout=30)
         self.operator = development_key(0)
         self.deployment_path = folder / "deployment.json"
-        settings = deployment_settings("standard", values=WINDOWS)
+        settings = deployment_settings("standard", values={**WINDOWS, **windows})
         self.deployment: Deployment = deploy(
             self.chain, self.operator, settings, self.deployment_path, outbox_path=folder / "operator.db", timeout=120
         )
@@ -315,10 +315,13 @@ class World:
 
 
 @contextlib.contextmanager
-def running_world(folder: Path) -> Iterator[World]:
-    """A world that lives as long as the block; blocks come one per transaction until `interval` is called."""
+def running_world(folder: Path, **windows: int) -> Iterator[World]:
+    """A world that lives as long as the block; blocks come one per transaction until `interval` is called.
+
+    windows: protocol parameters other than WINDOWS.
+    """
     with running_devnet() as url:
-        world = World(url, folder)
+        world = World(url, folder, windows)
         try:
             yield world
         finally:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +27,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with running_world(tmp_path_factory.mktemp("world")) as made:
+    # Long enough for a challenge to be filed before it ends; what only waits lets the time pass.
+    windows = {"challenge_window": 300, "thaw_period": 400, "unbonding_period": 500}
+    with running_world(tmp_path_factory.mktemp("world"), **windows) as made:
         made.send(made.network.token.approve(made.network.availability.address, 10**30))
         made.interval(0.3)
         yield made
@@ -35,7 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 @pytest.fixture(scope="module")
 def node(world: World) -> Iterator[NodeProcess]:
     """A node that stays up; tests leave it and the engine working."""
-    made = world.add_node("node", stall_timeout=1.0)
+    made = world.add_node("node", stall_timeout=6.0)
     made.start()
     yield made
     made.kill()
@@ -44,7 +47,13 @@ def node(world: World) -> Iterator[NodeProcess]:
 def settled(world: World, node: NodeProcess) -> None:
     """Wait until all is final and paid; compare with the chain."""
 
+    passed = 0.0
+
     def done() -> bool:
+        nonlocal passed
+        if time.monotonic() - passed > 1:
+            world.pass_time(100)
+            passed = time.monotonic()
         rest = node.rows("SELECT count(*) FROM receipts WHERE first_seq IS NULL")[0][0]
         batches = {row[0] for row in node.rows("SELECT state FROM batches")}
         return (
@@ -306,6 +315,7 @@ def test_the_demos_cheat_is_convicted(world: World) -> None:
     world.send(availability.challenge(batch, 0, Part.OUTPUT, 0))
     number = availability.read("challenge_count")
     deadline = availability.read("challenge_info", number)[5]
+    world.pass_time(deadline - world.chain.timestamp() + 1)
     wait_until(lambda: world.chain.timestamp() > deadline, 60, "the deadline")
     world.send(availability.resolve(number, batch))
     wait_until(lambda: node.rows("SELECT 1 FROM batches WHERE state = 'convicted'"), 30, "the node sees it")

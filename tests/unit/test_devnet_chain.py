@@ -190,6 +190,15 @@ def test_time_offset_outlives_the_process(tmp_path: Path, clock: Clock) -> None:
     second.close()
 
 
+def test_a_file_of_another_chain_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.db"
+    Devnet(DevnetConfig(block_time=None, database=path)).close()
+    for settings, message in (({"chain_id": 5}, "chain_id 31337, not 5"), ({"gas_limit": 10**7}, "gas_limit 60000000")):
+        with pytest.raises(ConfigurationError, match=message):
+            Devnet(DevnetConfig(block_time=None, database=path, **settings))
+    Devnet(DevnetConfig(block_time=None, database=path)).close()  # a refusal does not keep the file locked
+
+
 def test_a_failure_while_sealing_changes_nothing(devnet: Devnet, monkeypatch: pytest.MonkeyPatch) -> None:
     devnet.submit(signed(devnet, 0))
     head = devnet.head

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -69,7 +71,7 @@ def run(config: DevnetConfig) -> None:
     """Run anvil until it ends or this process gets SIGINT or SIGTERM. Raises ConfigurationError, Unavailable."""
     binary = find()
     port = config.port or _free_port(config.host)
-    child = subprocess.Popen(command(binary, config, port), stdin=subprocess.DEVNULL)
+    child = subprocess.Popen(command(binary, config, port), stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent)
 
     def forward(number: int, _: object) -> None:
         child.send_signal(number)
@@ -100,6 +102,13 @@ def _wait_until_ready(url: str, child: subprocess.Popen[bytes]) -> None:
             return
         time.sleep(0.05)
     raise Unavailable(f"anvil did not answer at {url} within {START_SECONDS:.0f} seconds.")
+
+
+def _end_with_parent() -> None:
+    """In the child, on Linux: get SIGTERM when this process dies, even by kill -9."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def _free_port(host: str) -> int:

@@ -33,6 +33,9 @@ def command(context: Context, **flags: Any) -> None:
     changes: dict[str, Path] = {}
     if effective.sources["data"] == "default":
         changes["data"] = context.settings.data / "node"
+    # The commands that use the same key wait for it there: a key's nonces have one owner.
+    if effective.sources["outbox"] == "default":
+        changes["outbox"] = context.settings.data / "outbox"
     if context.key_name is not None:
         changes["key"] = context.key_path(context.key_name)
     elif effective.sources["key"] == "default":

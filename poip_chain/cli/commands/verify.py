@@ -56,7 +56,9 @@ def command(
         seed=seed,
         user_nonce=user_nonce or given["user_nonce"],
     )
-    report = verify_proof(find_proof(document), NetworkView(context.network), tokenizer_dir=model, expected=expected)
+    with context.chain:
+        view = NetworkView(context.network)
+        report = verify_proof(find_proof(document), view, tokenizer_dir=model, expected=expected)
 
     def text() -> None:
         output.table(["check", "result", "what"], [[c.name, MARKS[c.result], c.detail] for c in report.checks])

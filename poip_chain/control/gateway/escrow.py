@@ -15,6 +15,7 @@ from typing import Protocol
 
 from poip_chain.chain.keys import Key
 from poip_chain.chain.outbox import Outbox, State
+from poip_chain.control.faults import crash_point
 from poip_chain.control.ledger import Ledger
 from poip_chain.control.view import Holding, NetworkView
 from poip_chain.errors import TransactionFailed
@@ -136,6 +137,7 @@ class EscrowManager:
                 "INSERT INTO escrow_moves (node, kind, amount, state, made_at) VALUES (?, ?, ?, 'open', ?)",
                 (node, kind, str(amount), self._treasury.now()),
             )
+            crash_point("gateway_move_planned")
             self._advance(Move(int(cursor.lastrowid or 0), node, kind, amount), said)
         return said
 
@@ -145,6 +147,7 @@ class EscrowManager:
         if sent is Sent.UNKNOWN:
             try:
                 self._treasury.send(move)
+                crash_point("gateway_move_sent")
             except TransactionFailed as error:
                 self._end(move, "failed", str(error))
                 said.append(f"{move.kind} of {move.amount} wei with {move.node} is not possible: {error}")

@@ -20,6 +20,7 @@ import structlog
 
 from poip_chain.control.checks import BadAnswer, SignedRequest, end_ids
 from poip_chain.control.client import Answer, Escrow, NodeClient, NodeRefused, StreamBroken
+from poip_chain.control.faults import crash_point
 from poip_chain.control.gateway.asks import Ask
 from poip_chain.control.gateway.catalogue import Catalogue
 from poip_chain.control.gateway.errors import ApiError
@@ -183,6 +184,7 @@ class Gateway:
         signed = self.client.sign(request, ask.params, ask.prompt_ids)
         if key is not None:
             self.store.reserve(key.id, signed.request_hash, signed.max_fee())
+            crash_point("gateway_reserved")
         return signed
 
     async def _attempt(self, ask: Ask, attempt: _Try) -> AsyncGenerator[str, None]:

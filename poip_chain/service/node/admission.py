@@ -191,7 +191,7 @@ def _check_params(submission: Submission, profile: Profile) -> None:
 
 
 def check_deadline(request: Request, now: int) -> None:
-    """Refuse a request that would be dated too late. `now`: the later of wall clock and chain time, Unix seconds."""
+    """Refuse a request that would be dated too late. `now` in Unix seconds."""
     if now + MIN_TIME_LEFT > request.deadline:
         raise RequestRefused(
             408, "deadline_passed", f"the request's deadline {request.deadline} has passed or is too near (now {now}).",

@@ -69,7 +69,14 @@ def run(settings: NodeSettings) -> None:
             log=network.domain("log").verifying_contract,
         )
         stack.callback(store.close)
-        chain = NetworkChain(network, key, name, settings.data, confirmations=settings.confirmations)
+        chain = NetworkChain(
+            network,
+            key,
+            name,
+            settings.data,
+            confirmations=settings.confirmations,
+            outbox_path=(settings.outbox or settings.data / "outbox") / f"{key.address}.db",
+        )
         stack.callback(chain.close)
         served = patiently(lambda: choose_served(settings, chain), settings.startup_timeout)
         asyncio.run(_serve(settings, store, chain, served, key))

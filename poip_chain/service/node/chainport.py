@@ -47,7 +47,7 @@ class NetworkChain:
         data: Path,
         *,
         confirmations: int = 0,
-        outbox_path: Path | None = None,
+        outbox_path: Path,
     ) -> None:
         self._network = network
         self.node = node
@@ -57,7 +57,7 @@ class NetworkChain:
         # The last of the contracts is there from this block on: a view cannot be asked of an earlier one.
         self._first_block = max(deployed.block for deployed in network.deployment.contracts.values())
         self.registry_address = network.address("NodeRegistry")
-        self._outbox = Outbox(network.chain, key, outbox_path or data / "outbox" / f"{key.address}.db")
+        self._outbox = Outbox(network.chain, key, outbox_path)
         self._follower = Follower(
             network.chain,
             data / "follower.db",

@@ -58,7 +58,8 @@ def create_app(node: Node) -> FastAPI:
     @app.post("/v1/requests")
     async def requests(request: Request) -> Response:
         body = await _body(request, node.settings.body_timeout)
-        outcome = await node.submit(parse_submission(parse_json(body)))
+        # In a thread: four megabytes of JSON would hold up every stream.
+        outcome = await node.submit(await asyncio.to_thread(lambda: parse_submission(parse_json(body))))
         if isinstance(outcome, Stored):
             return _stream(_one_receipt(outcome))
         # Failures that show before the first token get a proper status.

@@ -162,6 +162,7 @@ class Node:
 
     def check_start(self) -> None:
         """Compare database, key and chain; raises IntegrityError or ConfigurationError if this node must not sign."""
+        self.ledger.retry_now()
         self.store.check_against_chain(self.chain.next_seq(), self.chain.node_cum())
         seq = self.store.next_seq()
         signer = self.chain.signing_key(seq)
@@ -176,14 +177,15 @@ class Node:
 
     async def submit(self, submission: Submission) -> Job | Stored:
         """Admit a request, or find that it was answered before. Raises PoipError for every refusal."""
-        check_submission(submission, self.served)
+        await asyncio.to_thread(check_submission, submission, self.served)
         payer = submission.request.client
         if submission.voucher is not None:
             await asyncio.to_thread(self.accept_voucher, submission.voucher, payer)
         if (known := await asyncio.to_thread(self._stored, submission)) is not None:
             return known
         self.executor.check_room(submission)
-        check_deadline(submission.request, max(int(self._clock()), self.jobs.chain_time))
+        # By the wall clock, which also dates the receipt; chain time plays no part in an answer.
+        check_deadline(submission.request, int(self._clock()))
         escrow = await asyncio.to_thread(self._escrows.get, payer)
         try:
             return self._start(submission, escrow)

@@ -27,6 +27,9 @@ class NodeSettings(BaseModel):
     deployment: Path = Field(Path("~/.poip/deployment.json"), description="deployment file that `poip deploy` wrote")
     data: Path = Field(Path("~/.poip/node"), description="directory of the databases; for one node process at a time")
     key: Path = Field(Path("~/.poip/keys/node.json"), description="keystore v3 file of the node key")
+    outbox: Path | None = Field(
+        None, description="directory of the key's outbox; default: outbox in the data directory"
+    )
     password_file: Path | None = Field(None, description="password of the key; else POIP_PASSWORD or a prompt")
     node: str | None = Field(None, description="the node's name: its first node key; default: this key's address")
 
@@ -94,7 +97,7 @@ class NodeSettings(BaseModel):
             raise ValueError("must be 0x and 64 hex digits")
         return value
 
-    @field_validator("deployment", "data", "key", "password_file")
+    @field_validator("deployment", "data", "key", "outbox", "password_file")
     @classmethod
     def _home(cls, value: Path | None) -> Path | None:
         return None if value is None else value.expanduser()
@@ -119,7 +122,7 @@ def load_settings(path: Path | None, **given: Any) -> NodeSettings:
             values = tomllib.loads(path.read_text())
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigurationError(f"cannot read the settings file {path}: {error}.") from error
-        for name in ("deployment", "data", "key", "password_file"):
+        for name in ("deployment", "data", "key", "outbox", "password_file"):
             if isinstance(values.get(name), str):
                 values[name] = path.parent / values[name]
     for name in NodeSettings.model_fields:
