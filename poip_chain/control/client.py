@@ -346,8 +346,10 @@ class NodeClient:
                 break
             await asyncio.sleep(min(0.1, max(0.0, until - loop.time())))
         late = self.clock() > attempt.deadline + VOID_SLACK_SECONDS
-        if status == 404 and late:
-            await asyncio.to_thread(self.ledger.void, attempt.request_hash, attempt.node, "no receipt by the deadline")
+        if status == 404 and (late or attempt.state == "abandoned"):
+            # What was given up is not paid in any case, so nothing is gained by waiting for its deadline.
+            why = "no receipt by the deadline" if late else "given up, and the node knows nothing of it"
+            await asyncio.to_thread(self.ledger.void, attempt.request_hash, attempt.node, why)
         if status != 200:
             return None
         signed = await asyncio.to_thread(self.ledger.body, attempt.request_hash)

@@ -132,7 +132,11 @@ class Actions:
             self.found(row.batch, Finding(key, CHALLENGE, call, {**where, "reason": reason}), report)
             return
         bond = self._network.parameters.value_at("availability_bond", row.batch.parameters_version)
-        if self._store.bonds_standing() + bond > self._settings.bond_budget and not self._reserved(audit, chunk):
+        known = self._store.challenges(audit.batch_id, audit.position, standing=True)
+        ours = [challenge for challenge in known if challenge.chunk == chunk]
+        if any(c.sent_key is not None and self._outbox.known(c.sent_key) for c in ours):
+            return  # under way since a round that was cut short
+        if not ours and self._store.bonds_standing() + bond > self._settings.bond_budget:
             log.warning("bond budget exhausted", bond=str(bond), **where)
             report.add("over_budget")
             return
@@ -140,6 +144,8 @@ class Actions:
         if not all(ready):
             return
         place = (row.batch.id, audit.position, chunk)
+        # A challenge that reverted for a passing reason may be sent anew: each try has its own key.
+        key = f"{key}:{audit.attempts}"
         if not self._store.reserve_bond(*place, bond, self._settings.bond_budget, key):
             return
         if not self._send(call, key):
@@ -149,10 +155,6 @@ class Actions:
         log.warning("challenged", reason=reason, **where)
         self._store.move_audit(row.batch.id, audit.position, AuditState.FETCH, AuditState.CHALLENGED)
         report.add("challenged")
-
-    def _reserved(self, audit: AuditRow, chunk: Chunk) -> bool:
-        known = self._store.challenges(audit.batch_id, audit.position, standing=True)
-        return any(challenge.chunk == chunk for challenge in known)
 
     def target_block(self, batch: Batch) -> int:
         """The block whose mixHash is the batch's beacon, unless the contract says otherwise."""
@@ -172,10 +174,12 @@ class Actions:
         return False
 
     def _approved(self, bond: int) -> bool:
-        """Whether the contract may take a bond; if not, the budget is approved, and a later round goes on."""
+        """Whether the contract may take a bond beside those on their way; if not, the budget is approved, and a later
+        round goes on."""
         assert self._outbox is not None
         availability = self._network.availability.address
-        if self._network.token.allowance(self._outbox.address, availability) >= bond:
+        waiting = sum(c.bond for c in self._store.challenges(standing=True) if c.state == "reserved")
+        if self._network.token.allowance(self._outbox.address, availability) >= waiting + bond:
             return True
         self._send_unless_open("approve", self._network.token.approve(availability, self._settings.bond_budget))
         return False

@@ -8,7 +8,6 @@ bounded time, and only its own.
 from __future__ import annotations
 
 import asyncio
-import json
 import ssl
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from poip_chain.spec.eip712 import parse_hex
 from poip_chain.spec.merkle import merkle_root
 from poip_chain.spec.objects import Batch, Part, Receipt, Request, SamplingParams
 from poip_chain.spec.offences import TranscriptRoots, roots_fault, tokens_of
+from poip_chain.spec.strict_json import parse_json
 from poip_chain.spec.transcript import Transcript, leaf_count, statement_hash
 
 T = TypeVar("T")
@@ -130,10 +130,10 @@ class NodeReader:
 
     def _get(self, path: str, limit: int) -> dict[str, Any]:
         try:
-            body = json.loads(asyncio.run(self._fetch(path, limit)))
+            body = parse_json(asyncio.run(self._fetch(path, limit)))
         except TimeoutError as error:
             raise NodeWithholds(f"{path}: the node did not answer within {self._timeout:g} s.") from error
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, RecursionError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, InvalidInput) as error:
             raise NodeWithholds(f"{path}: the node did not answer: {error!r:.300}.") from error
         if not isinstance(body, dict):
             raise NodeWithholds(f"{path}: the node did not answer with a JSON object.")

@@ -1,11 +1,23 @@
-"""What a watchtower needs to know. No chain or network access here."""
+"""What a watchtower needs to know. Values only: no chain, network or database access here.
+
+Sources, the later wins: defaults, a TOML file, the environment (POIP_WATCHTOWER_*).
+"""
 
 from __future__ import annotations
 
+import os
+import tomllib
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from poip_chain.errors import ConfigurationError
+
+ENVIRONMENT_PREFIX = "POIP_WATCHTOWER_"
+PATHS = ("deployment", "data", "key", "password_file")
+NOT_FROM_ENVIRONMENT = ("models", "engine_urls")
 
 
 class Mode(StrEnum):
@@ -45,3 +57,31 @@ class WatchtowerSettings(BaseModel):
     audits_per_round: int = Field(64, ge=1, description="receipts fetched and re-executed in one round at most")
     torch_threads: int = Field(1, ge=1)
     metrics_port: int | None = None
+
+
+def load_settings(path: Path) -> WatchtowerSettings:
+    """Settings from a TOML file and the environment. Relative paths in the file are relative to the file.
+
+    Raises ConfigurationError.
+    """
+    try:
+        values: dict[str, Any] = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigurationError(f"cannot read the settings file {path}: {error}.") from error
+    for name in PATHS:
+        if isinstance(values.get(name), str):
+            values[name] = path.parent / Path(values[name]).expanduser()
+    if isinstance(values.get("models"), list):
+        values["models"] = [path.parent / Path(str(model)).expanduser() for model in values["models"]]
+    for name in WatchtowerSettings.model_fields:
+        text = os.environ.get(ENVIRONMENT_PREFIX + name.upper())
+        if text is not None and name not in NOT_FROM_ENVIRONMENT:
+            values[name] = text
+    try:
+        return WatchtowerSettings(**values)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
+        raise ConfigurationError(
+            f"the watchtower's settings are not usable: {faults}.",
+            hint=f"Set them in the TOML file or as {ENVIRONMENT_PREFIX}NAME.",
+        ) from error

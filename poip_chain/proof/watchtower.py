@@ -1,57 +1,46 @@
-"""The watchtower: follows batches, audits what the beacon selects, and acts on what it finds (protocol section 5).
+"""The watchtower: follows batches, audits what the beacon selects, and has `actions.py` act on what it finds (protocol
+section 5).
 
-One `step()` does one round and is safe to repeat: all it has learned is in the store, all it sends goes through the
-outbox under idempotency keys, and a revert that says "already done" by somebody else is success. It keeps its clocks by
-the chain's time. Each round:
+One `step()` does one round and is safe to repeat: all it has learned is in the store, and what it has found is stored
+before the work that found it counts as done. It keeps its clocks by the chain's time. Each round:
 
-    follow events -> fetch receipts -> check them, derive the selection -> fetch transcripts -> check, re-execute, judge
-    -> challenge what is withheld, resolve what was not answered, file what a contract can judge
+    follow events -> fetch receipts -> check them, derive the selection -> move on what is under way on chain
+    -> fetch transcripts, challenge what is withheld -> check, re-execute, judge -> file
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import structlog
-from eth_hash.auto import keccak
 
 from poip_chain.chain.follower import Added, Event, Follower, Removed
-from poip_chain.chain.outbox import Outbox, State
-from poip_chain.chain.rpc import Call, Chain
-from poip_chain.economic.clients.log import BEACON_TARGET_DISTANCE
+from poip_chain.chain.outbox import Outbox
+from poip_chain.chain.rpc import Chain
 from poip_chain.economic.network import Network
 from poip_chain.economic.types import Evidence as ReceiptEvidence
-from poip_chain.errors import TransactionFailed, Unavailable
-from poip_chain.proof.audit import MALFORMED, Auditor, Finding, Outcome, receipt_evidence, write_proposal
-from poip_chain.proof.fetch import NodeReader, NodeWithholds, Record
-from poip_chain.proof.publication import Answer, Chunk, assemble, next_chunk, published_leaves
-from poip_chain.proof.settings import Mode, WatchtowerSettings
-from poip_chain.proof.store import AuditRow, AuditState, BatchRow, BatchState, WatchtowerStore, parse_chunk
-from poip_chain.spec.objects import Batch, Part, Receipt, audit_selection
-from poip_chain.spec.types import Hash32
+from poip_chain.errors import NotFound, PoipError, Unavailable
+from poip_chain.proof.actions import RETRY_SECONDS, Actions
+from poip_chain.proof.audit import MALFORMED, Auditor, BatchReceipts, Outcome
+from poip_chain.proof.fetch import NodeReader, NodeWithholds, Record, fetch_all
+from poip_chain.proof.publication import Answer, assemble, next_chunk, published_leaves
+from poip_chain.proof.report import Report
+from poip_chain.proof.settings import WatchtowerSettings
+from poip_chain.proof.store import AuditRow, AuditState, BatchRow, BatchState, WatchtowerStore
+from poip_chain.spec.objects import Batch, Part, Receipt, audit_indices
+from poip_chain.spec.types import Address, Hash32
 
 log = structlog.get_logger("watchtower")
 
-RETRY_SECONDS = 2.0
+NODE_SHARE = 2
+"""A node's questions in one round may take this many times the time of one."""
+PRUNE_SECONDS = 3600
+HEAD = "head"
 
-
-class AuditEnded(Exception):
-    """The audit came to its verdict without re-execution."""
-
-
-@dataclass
-class Report:
-    """What one round did: counts by name, for logs and metrics."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, name: str) -> None:
-        """Count one."""
-        self.counts[name] = self.counts.get(name, 0) + 1
+Fetched = tuple[BatchRow, AuditRow, ReceiptEvidence, Record]
 
 
 class Watchtower:
@@ -74,23 +63,31 @@ class Watchtower:
         self._follower = follower
         self._store = store
         self._auditor = auditor
-        self._outbox = outbox
+        self._actions = Actions(settings, chain, network, store, outbox)
         self._reader = reader
+        self._receipts: dict[int, BatchReceipts] = {}
+        self._endpoints: dict[Address, str] = {}
+        self._prune_at = 0
 
     def step(self) -> Report:
         """One round. Trouble with one node or batch is logged and tried again; raises Unavailable if the RPC is away."""
         report = Report()
+        self._receipts, self._endpoints = {}, {}
         self._follow(report)
+        self._check_branch()
         now = self._chain.timestamp()
-        for row in self._store.batches(BatchState.NEW):
-            self._guarded(self._take_receipts, row, now, report)
+        self._take_receipts(now, report)
         for row in self._store.batches(BatchState.RECEIPTS):
-            self._guarded(self._select, row, now, report)
-        self._audit(now, report)
+            self._select(row, report)
         self._equivocation(report)
-        self._challenges(now, report)
-        if self._outbox is not None:
-            self._outbox.step()
+        # What has a deadline comes before what takes long.
+        self._actions.step(now, self._follower.position, report)
+        self._audit(now, report)
+        self._actions.step(now, self._follower.position, report)
+        self._close(report)
+        if now >= self._prune_at:
+            self._store.prune(now, self._network.parameters.value("evidence_window"))
+            self._prune_at = now + PRUNE_SECONDS
         return report
 
     def run(self, stop: threading.Event, count: Callable[[str, int], None]) -> None:
@@ -102,6 +99,10 @@ class Watchtower:
                     count(name, number)
             except Unavailable as error:
                 log.warning("waiting", reason=str(error))
+            except PoipError as error:
+                # One round's trouble is no reason to leave the watch; what is stored is whole, and comes up again.
+                log.error("round failed", kind=type(error).__name__, reason=str(error))
+                count("failed_rounds", 1)
             stop.wait(self._settings.poll_interval)
 
     # following
@@ -126,290 +127,294 @@ class Watchtower:
             self._store.set_batch_status(args["batch_id"], "convicted")
         elif event.name == "Challenged":
             chunk = Part(args["part"]), int(args["first_leaf"])
-            self._store.open_challenge(args["batch_id"], args["index"], chunk, args["id"], args["deadline"])
+            bond = int(args["bond"]) if args["challenger"] == self._actions.account else None
+            self._store.open_challenge(args["batch_id"], args["index"], chunk, args["id"], args["deadline"], bond)
         elif event.name == "Answered":
-            row = self._store.close_challenge(args["id"], "answered")
-            if row is not None:
-                proof = self._network.availability.receipt_proof_of_answer(event.transaction_hash)
-                self._store.add_answer(row["batch_id"], row["position"], row["chunk"], Answer.from_event(args, proof))
-                self._store.set_audit_state(row["batch_id"], row["position"], AuditState.FETCH)
+            self._answered(event)
             report.add("answers")
         elif event.name == "Resolved":
-            row = self._store.close_challenge(args["id"], "resolved")
-            if row is not None and args["convicted"]:
-                self._store.finish_audit(
-                    row["batch_id"], row["position"], "withheld", {"reason": "not answered in time"}, None
-                )
+            challenge = self._store.close_challenge(args["id"], "resolved")
+            if challenge is not None:
+                place = (challenge.batch_id, challenge.position)
+                if args["convicted"]:
+                    self._store.finish_audit(*place, "withheld", {"reason": "not answered in time"})
+                else:
+                    self._store.finish_audit(*place, "missed", {"reason": "the batch was convicted for something else"})
+
+    def _answered(self, event: Event) -> None:
+        challenge = self._store.close_challenge(event.args["id"], "answered")
+        if challenge is None or not self._store.audits(batch_id=challenge.batch_id):
+            return
+        proof = self._network.availability.receipt_proof_of_answer(event.transaction_hash)
+        self._store.add_answer(challenge, Answer.from_event(event.args, proof))
+        place = (challenge.batch_id, challenge.position)
+        self._store.move_audit(*place, AuditState.CHALLENGED, AuditState.FETCH)
 
     def _removed(self, event: Event) -> None:
+        args = event.args
         if event.name == "BatchCommitted":
-            self._store.set_batch_status(event.args["batch_id"], "removed")
+            self._store.set_batch_status(args["batch_id"], "removed")
         elif event.name in ("BatchFinal", "BatchConvicted"):
-            self._store.set_batch_status(event.args["batch_id"], "pending")
+            self._store.set_batch_status(args["batch_id"], "pending")
+        elif event.name == "Challenged":
+            self._store.unchallenge(args["id"])
+        elif event.name == "Answered":
+            challenge = self._store.reopen_challenge(args["id"])
+            if challenge is not None:
+                self._store.drop_answer(challenge)
+                place = (challenge.batch_id, challenge.position)
+                self._store.move_audit(*place, AuditState.FETCH, AuditState.CHALLENGED)
+        elif event.name == "Resolved":
+            challenge = self._store.reopen_challenge(args["id"])
+            if challenge is not None:
+                for verdict in ("withheld", "missed"):
+                    self._store.reopen_audit(challenge.batch_id, challenge.position, verdict)
+
+    def _check_branch(self) -> None:
+        """Draw again what a reorganisation drew otherwise: a beacon is a block's, and has no event that is removed.
+
+        One question a round; only after a reorganisation is every open batch looked at.
+        """
+        head = self._chain.block("latest")
+        known = self._store.note(HEAD)
+        if known is not None:
+            number, block_hash = known.split(":")
+            try:
+                same = self._chain.block(int(number)).hash.hex() == block_hash
+            except NotFound:
+                same = False
+            if not same:
+                log.warning("reorganised", block=int(number))
+                for row in self._store.batches(status="pending"):
+                    if row.beacon is not None:
+                        self._redraw(row)
+        self._store.set_note(HEAD, f"{head.number}:{head.hash.hex()}")
+
+    def _redraw(self, row: BatchRow) -> None:
+        beacon = self._beacon(row.batch)
+        if beacon is None:
+            self._store.unselect(row.batch.id)
+        elif beacon != row.beacon:
+            self._draw(row.batch, beacon)
 
     # receipts and selection
 
-    def _guarded(self, work: Callable[[BatchRow, int, Report], None], row: BatchRow, now: int, report: Report) -> None:
-        if row.next_try > now or row.status == "removed":
+    def _take_receipts(self, now: int, report: Report) -> None:
+        due = []
+        for row in self._store.batches(BatchState.NEW):
+            if row.next_try > now or row.status == "removed":
+                continue
+            if row.status != "pending":
+                self._store.finish_batch(row.batch.id)
+                continue
+            due.append(row)
+        jobs = [(row.batch.node, self._receipts_job(row.batch)) for row in due]
+        for row, entries in zip(due, fetch_all(jobs, NODE_SHARE * self._settings.node_timeout), strict=True):
+            if isinstance(entries, NodeWithholds):
+                log.warning("receipts withheld", batch=row.batch.id, node=row.batch.node, reason=str(entries))
+                self._store.delay_batch(row.batch.id, now + RETRY_SECONDS)
+                report.add("withheld")
+                # Receipts that nobody can read still have positions, and a challenge needs no more than that.
+                if self._patience_over(row.batch, row.attempts, now):
+                    self._select(row, report)
+            elif entries is not None:
+                self._keep_receipts(row.batch, entries, BatchState.RECEIPTS, report)
+
+    def _receipts_job(self, batch: Batch) -> Callable[[], list[dict[str, object]]]:
+        reader = self._node(batch)
+        return lambda: reader.receipts(batch)
+
+    def _keep_receipts(
+        self, batch: Batch, entries: list[dict[str, object]], state: BatchState, report: Report
+    ) -> BatchReceipts:
+        """Store what the receipts show, then the receipts: a kill in between does the former again."""
+        known = BatchReceipts(batch, [Receipt.from_json(entry["receipt"]) for entry in entries])
+        for finding in self._auditor.sequence_findings(known):
+            self._actions.found(batch, finding, report)
+        self._store.set_receipts(batch.id, entries, state)
+        self._receipts[batch.id] = known
+        return known
+
+    def _known_receipts(self, batch_id: int) -> BatchReceipts | None:
+        """A batch's receipts, if they are stored; parsed once a round."""
+        if batch_id not in self._receipts:
+            row, receipts = self._store.batch(batch_id), self._store.receipts(batch_id)
+            if row is None or receipts is None:
+                return None
+            self._receipts[batch_id] = BatchReceipts(row.batch, receipts)
+        return self._receipts[batch_id]
+
+    def _node(self, batch: Batch) -> NodeReader:
+        if batch.node not in self._endpoints:
+            self._endpoints[batch.node] = self._network.registry.info(batch.node).endpoint
+        return self._reader(self._endpoints[batch.node], self._settings.node_timeout)
+
+    def _patience_over(self, batch: Batch, attempts: int, now: int) -> bool:
+        """Whether a node that fails once more is challenged: after some tries, or when half of the window is over."""
+        return attempts + 1 >= self._settings.fetch_attempts or 2 * now >= batch.committed_at + batch.window_end
+
+    def _select(self, row: BatchRow, report: Report) -> None:
+        if row.status == "removed":
             return
         if row.status != "pending":
             self._store.finish_batch(row.batch.id)
             return
-        try:
-            work(row, now, report)
-        except NodeWithholds as error:
-            log.warning("node withholds", batch=row.batch.id, node=row.batch.node, reason=str(error))
-            self._store.delay_batch(row.batch.id, now + RETRY_SECONDS)
-            report.add("withheld")
-
-    def _node(self, batch: Batch) -> NodeReader:
-        endpoint = self._network.registry.info(batch.node).endpoint
-        return self._reader(endpoint, self._settings.node_timeout)
-
-    def _take_receipts(self, row: BatchRow, now: int, report: Report) -> None:
-        try:
-            entries = self._node(row.batch).receipts(row.batch)
-        except NodeWithholds:
-            # Receipts that nobody can read still have positions, and a challenge needs no more than that.
-            if row.attempts + 1 >= self._settings.fetch_attempts:
-                self._select(row, now, report)
-            raise
-        self._store.set_receipts(row.batch.id, entries)
-        receipts = [Receipt.from_json(entry["receipt"]) for entry in entries]
-        for finding in self._auditor.sequence_findings(row.batch, receipts):
-            self._found(row.batch, finding, report)
-
-    def _select(self, row: BatchRow, now: int, report: Report) -> None:
         beacon = self._beacon(row.batch)
-        if beacon is None:
-            return
-        draws = audit_selection(beacon, row.batch.id, row.batch.count, row.batch.audit_rate_ppm)
-        positions = sorted(set(draws))
-        self._store.set_selected(row.batch.id, beacon, positions)
-        log.info("selected", batch=row.batch.id, node=row.batch.node, positions=positions)
-        report.add("selected")
+        if beacon is not None:
+            self._draw(row.batch, beacon)
+            report.add("selected")
+
+    def _draw(self, batch: Batch, beacon: bytes) -> None:
+        positions = audit_indices(beacon, batch.id, batch.count, batch.audit_rate_ppm)
+        self._store.set_selected(batch.id, beacon, positions)
+        log.info("selected", batch=batch.id, node=batch.node, positions=len(positions), first=positions[:16])
 
     def _beacon(self, batch: Batch) -> Hash32 | None:
         """The mixHash that selects, from the contract if submitted, else from the chain; None while it is not there."""
         submitted = self._network.log.beacon_of(batch)
         if submitted is not None:
             return submitted
-        target = self._target_block(batch)
+        target = self._actions.target_block(batch)
         if self._chain.block_number() < target + self._settings.confirmations:
             return None
         return self._chain.block(target).mix_hash
 
-    def _target_block(self, batch: Batch) -> int:
-        delay = self._network.parameters.value_at("beacon_delay", batch.parameters_version)
-        target = batch.block_number + delay
-        head = self._chain.block_number()
-        while head - target > BEACON_TARGET_DISTANCE:
-            target += BEACON_TARGET_DISTANCE
-        return target
-
     # audits
 
     def _audit(self, now: int, report: Report) -> None:
-        fetched: list[tuple[BatchRow, AuditRow, ReceiptEvidence, Record]] = []
-        for audit in self._store.audits(AuditState.FETCH):
-            row = self._store.batch(audit.batch_id)
-            if row is None or audit.next_try > now or row.status == "removed":
-                continue
-            if row.status != "pending":
-                self._store.finish_audit(audit.batch_id, audit.position, "missed", {"status": row.status}, None)
-                continue
-            try:
-                found = self._published(row, audit, report) or self._served(row, audit)
-            except AuditEnded:
-                continue
-            except NodeWithholds as error:
-                self._not_served(row, audit, now, str(error), report)
-                continue
-            fetched.append((row, audit, *found))
-        outcomes = self._auditor.audit([(place, record) for _, _, place, record in fetched])
+        fetched: list[Fetched] = []
+        asked: list[tuple[BatchRow, AuditRow]] = []
+        for row, audit in self._due(now):
+            published = self._published(row, audit, report)
+            if isinstance(published, Outcome):
+                self._judged(row.batch, audit.position, published, None, report)
+            elif published is not None:
+                fetched.append((row, audit, *published))
+            else:
+                asked.append((row, audit))
+        fetched += self._served(asked, now, report)
+        try:
+            outcomes = self._auditor.audit([(place, record) for _, _, place, record in fetched])
+        except Unavailable as error:
+            # The engine that re-executes is away, not the node: nobody is blamed, and the audits come up again.
+            log.warning("cannot re-execute", reason=str(error))
+            report.add("not_executed")
+            return
         for (row, audit, place, record), outcome in zip(fetched, outcomes, strict=True):
-            path = self._evidence_path(row.batch, audit.position)
+            path = self._settings.data / "evidence" / f"batch-{row.batch.id}-receipt-{audit.position}.json"
             self._auditor.write_evidence(path, place, record, outcome)
             self._judged(row.batch, audit.position, outcome, path, report)
-        for row in self._store.batches(BatchState.SELECTED):
-            if all(audit.state is AuditState.DONE for audit in self._store.audits(batch_id=row.batch.id)):
-                self._store.finish_batch(row.batch.id)
 
-    def _served(self, row: BatchRow, audit: AuditRow) -> tuple[ReceiptEvidence, Record]:
-        """The record as the node serves it. Raises NodeWithholds."""
-        entries = row.receipts
-        if entries is None:
-            entries = self._node(row.batch).receipts(row.batch)
-            self._store.set_receipts(row.batch.id, entries, BatchState.SELECTED)
-        receipts = [Receipt.from_json(entry["receipt"]) for entry in entries]
-        record = self._node(row.batch).record(row.batch, audit.position, receipts[audit.position])
-        return receipt_evidence(row.batch, audit.position, receipts), record
+    def _due(self, now: int) -> list[tuple[BatchRow, AuditRow]]:
+        """The audits of this round: each node gets its turn, however many another has."""
+        by_node: dict[Address, list[tuple[BatchRow, AuditRow]]] = {}
+        rows: dict[int, BatchRow | None] = {}
+        for audit in self._store.audits(AuditState.FETCH, due=now):
+            if audit.batch_id not in rows:
+                rows[audit.batch_id] = self._store.batch(audit.batch_id)
+            row = rows[audit.batch_id]
+            if row is None or row.status == "removed":
+                continue
+            if row.status != "pending":
+                self._store.finish_audit(audit.batch_id, audit.position, "missed", {"status": row.status})
+                continue
+            by_node.setdefault(row.batch.node, []).append((row, audit))
+        turns = zip_longest(*by_node.values())
+        return [due for turn in turns for due in turn if due is not None][: self._settings.audits_per_round]
 
-    def _published(self, row: BatchRow, audit: AuditRow, report: Report) -> tuple[ReceiptEvidence, Record] | None:
+    def _served(self, asked: list[tuple[BatchRow, AuditRow]], now: int, report: Report) -> list[Fetched]:
+        """The records as the nodes serve them. Those that are not served are challenged in the end."""
+        missing = {row.batch.id: row for row, _ in asked if not row.has_receipts}
+        receipt_jobs = [(row.batch.node, self._receipts_job(row.batch)) for row in missing.values()]
+        seconds = NODE_SHARE * self._settings.node_timeout
+        withheld: dict[int, NodeWithholds | None] = {}
+        for row, entries in zip(missing.values(), fetch_all(receipt_jobs, seconds), strict=True):
+            if isinstance(entries, list):
+                self._keep_receipts(row.batch, entries, BatchState.SELECTED, report)
+            else:
+                withheld[row.batch.id] = entries
+        known = {row.batch.id: self._known_receipts(row.batch.id) for row, _ in asked}
+        jobs = [(row.batch.node, self._record_job(row, audit, known, withheld)) for row, audit in asked]
+        found: list[Fetched] = []
+        for (row, audit), record in zip(asked, fetch_all(jobs, seconds), strict=True):
+            receipts = known[row.batch.id]
+            if isinstance(record, Record) and receipts is not None:
+                found.append((row, audit, receipts.evidence(audit.position), record))
+            elif isinstance(record, NodeWithholds):
+                self._not_served(row, audit, now, str(record), report)
+        return found
+
+    def _record_job(
+        self,
+        row: BatchRow,
+        audit: AuditRow,
+        known: dict[int, BatchReceipts | None],
+        withheld: dict[int, NodeWithholds | None],
+    ) -> Callable[[], Record | None]:
+        batch, receipts, reader = row.batch, known[row.batch.id], self._node(row.batch)
+
+        def ask() -> Record | None:
+            if receipts is not None:
+                return reader.record(batch, audit.position, receipts.receipts[audit.position])
+            refusal = withheld.get(batch.id)
+            if refusal is not None:
+                raise refusal
+            return None  # the node's time ran out before it was asked
+
+        return ask
+
+    def _published(
+        self, row: BatchRow, audit: AuditRow, report: Report
+    ) -> tuple[ReceiptEvidence, Record] | Outcome | None:
         """The record as challenges brought it onto the chain, None while something is missing.
 
-        Leaves that show a fault end the audit here, as the node's own words.
+        A fault that shows in what is there already ends the audit with its outcome.
         """
         answers = self._store.answers(audit.batch_id, audit.position)
-        if not answers or next_chunk(answers) is not None:
+        if not answers:
             return None
         known = next(iter(answers.values()))
-        place = ReceiptEvidence(batch=row.batch, index=audit.position, proof=known.receipt_proof)
+        receipts = self._known_receipts(row.batch.id)
+        if receipts is not None:
+            place = receipts.evidence(audit.position)
+        else:
+            proof = max((answer.receipt_proof for answer in answers.values()), key=len)
+            place = ReceiptEvidence(batch=row.batch, index=audit.position, proof=proof)
         findings = self._auditor.published_findings(place, known, published_leaves(answers))
         if findings:
-            outcome = Outcome(MALFORMED, findings=tuple(findings))
-            self._judged(row.batch, audit.position, outcome, None, report)
-            raise AuditEnded
-        return place, assemble(answers)
+            return Outcome(MALFORMED, findings=tuple(findings))
+        return (place, assemble(answers)) if next_chunk(answers) is None else None
 
     def _judged(self, batch: Batch, position: int, outcome: Outcome, evidence: Path | None, report: Report) -> None:
-        self._store.finish_audit(batch.id, position, outcome.verdict, outcome.to_json(), evidence)
-        log.info("verdict", batch=batch.id, position=position, node=batch.node, verdict=outcome.verdict)
-        report.add(f"verdict_{outcome.verdict}")
+        """Store what was found, then that the audit is over: a kill in between does the former again."""
         for finding in outcome.findings:
-            self._found(batch, finding, report)
-
-    def _evidence_path(self, batch: Batch, position: int) -> Path:
-        return self._settings.data / "evidence" / f"batch-{batch.id}-receipt-{position}.json"
-
-    # withholding
+            self._actions.found(batch, finding, report)
+        self._store.finish_audit(batch.id, position, outcome.verdict, outcome.to_json(), evidence)
+        log.info("verdict", batch=batch.id, position=position, node=batch.node, verdict=str(outcome.verdict))
+        report.add(f"verdict_{outcome.verdict}")
 
     def _not_served(self, row: BatchRow, audit: AuditRow, now: int, reason: str, report: Report) -> None:
         self._store.delay_audit(audit.batch_id, audit.position, now + RETRY_SECONDS)
         report.add("withheld")
-        if audit.attempts + 1 < self._settings.fetch_attempts:
+        if not self._patience_over(row.batch, audit.attempts, now):
             return
         chunk = next_chunk(self._store.answers(audit.batch_id, audit.position))
         known = self._store.challenges(audit.batch_id, audit.position)
-        if chunk is None or any(c["state"] == "open" for c in known):
-            return
-        log.warning("withheld", batch=audit.batch_id, position=audit.position, node=row.batch.node, reason=reason)
-        draws = audit_selection(row.beacon or bytes(32), row.batch.id, row.batch.count, row.batch.audit_rate_ppm)
-        call = self._network.availability.challenge(row.batch, draws.index(audit.position), *chunk)
-        key = _challenge_key(row.batch, audit.position, chunk)
-        if self._settings.mode is not Mode.DEFEND or self._outbox is None:
-            detail = {"position": audit.position, "reason": reason}
-            self._propose(key, row.batch.id, "challenge", call, detail)
-            return
-        bond = self._network.parameters.value_at("availability_bond", row.batch.parameters_version)
-        if not self._store.reserve_bond(row.batch.id, audit.position, chunk, bond, self._settings.bond_budget):
-            log.warning("bond budget exhausted", batch=row.batch.id, position=audit.position, bond=bond)
-            report.add("over_budget")
-            return
-        try:
-            if not (self._beacon_submitted(row.batch) and self._approved(bond)):
-                return
-            self._outbox.send(call, key)
-        except TransactionFailed as error:
-            # Somebody else's challenge of the same leaves serves as well as ours; anything else is tried again.
-            log.warning("challenge refused", batch=row.batch.id, position=audit.position, reason=str(error))
-            self._store.release_bond(row.batch.id, audit.position, chunk)
-            return
-        self._store.set_audit_state(row.batch.id, audit.position, AuditState.CHALLENGED)
-        report.add("challenged")
+        if chunk is not None and not any(challenge.state == "open" for challenge in known):
+            self._actions.challenge(row, audit, chunk, reason, report)
 
-    def _beacon_submitted(self, batch: Batch) -> bool:
-        """Whether the contract has the batch's beacon; if not, it is sent, and a later round goes on."""
-        assert self._outbox is not None
-        if self._network.log.beacon_of(batch) is not None:
-            return True
-        target = self._target_block(batch)
-        header = self._chain.raw_header(target)
-        self._outbox.send(self._network.log.submit_beacon(header), f"beacon:{target}:{keccak(header).hex()[:16]}")
-        return False
+    def _close(self, report: Report) -> None:
+        for row in self._store.batches(BatchState.SELECTED):
+            audits = self._store.audits(batch_id=row.batch.id)
+            if all(audit.state is AuditState.DONE for audit in audits):
+                self._store.finish_batch(row.batch.id)
+                report.add("batches_done")
 
-    def _approved(self, bond: int) -> bool:
-        """Whether the contract may take a bond; if not, the budget is approved, and a later round goes on."""
-        assert self._outbox is not None
-        availability = self._network.availability.address
-        if self._network.token.allowance(self._outbox.address, availability) >= bond:
-            return True
-        self._send_unless_open("approve", self._network.token.approve(availability, self._settings.bond_budget))
-        return False
-
-    def _send_unless_open(self, purpose: str, call: Call) -> None:
-        """Send a call that may be due again and again, but only one at a time."""
-        assert self._outbox is not None
-        waiting = [t for t in self._outbox.transactions() if t.state is State.OPEN]
-        if not any(t.idempotency_key.startswith(f"{purpose}:") for t in waiting):
-            self._outbox.send(call, f"{purpose}:{self._chain.block_number()}")
-
-    def _challenges(self, now: int, report: Report) -> None:
-        """Resolve challenges that were not answered in time, anybody's: the event then closes them."""
-        if self._outbox is None or self._settings.mode is not Mode.DEFEND:
-            return
-        for challenge in self._store.challenges():
-            row = self._store.batch(challenge["batch_id"])
-            if challenge["state"] == "reserved" and row is not None:
-                self._check_sent(row.batch, challenge)
-            if challenge["state"] != "open" or now <= challenge["deadline"] or row is None:
-                continue
-            number = challenge["challenge_id"]
-            try:
-                self._outbox.send(self._network.availability.resolve(number, row.batch), f"resolve:{number}")
-                report.add("resolved")
-            except TransactionFailed as error:
-                # Answered at the last moment, or resolved by somebody else: the next round reads which.
-                log.info("resolve refused", challenge=number, reason=str(error))
-        self._claim()
-
-    def _check_sent(self, batch: Batch, challenge: dict[str, Any]) -> None:
-        """Give a challenge up that was sent and came too late: somebody else's is followed instead."""
-        assert self._outbox is not None
-        position, chunk = challenge["position"], parse_chunk(challenge["chunk"])
-        key = _challenge_key(batch, position, chunk)
-        if self._outbox.known(key) and self._outbox.status(key).state in (State.REVERTED, State.STOPPED):
-            self._store.release_bond(batch.id, position, chunk)
-            self._store.set_audit_state(batch.id, position, AuditState.FETCH)
-
-    def _claim(self) -> None:
-        """Fetch bonds and rewards that the contracts hold for us."""
-        assert self._outbox is not None
-        if self._network.availability.claimable(self._outbox.address):
-            self._send_unless_open("claim", self._network.availability.claim())
-        if self._network.registry.rewards(self._outbox.address):
-            self._send_unless_open("reward", self._network.registry.claim_reward())
-
-    # offences
+    # offences that need no audit
 
     def _equivocation(self, report: Report) -> None:
-        for a, b in self._store.equivocations():
-            finding = self._auditor.equivocation_finding(a, b, self._evidence_of)
+        for a, b in self._store.equivocations(unjudged=True):
+            finding = self._auditor.equivocation_finding(a, b, self._known_receipts)
             if finding is not None:
-                self._found(None, finding, report)
-
-    def _evidence_of(self, batch_id: int | None) -> tuple[Batch, list[dict[str, Any]]] | None:
-        row = None if batch_id is None else self._store.batch(batch_id)
-        return None if row is None or row.receipts is None else (row.batch, row.receipts)
-
-    def _found(self, batch: Batch | None, finding: Finding, report: Report) -> None:
-        """File an offence once; one conviction per batch is all that there is to win."""
-        batch_id = None if batch is None else batch.id
-        if finding.call is None or self._settings.mode is not Mode.DEFEND or self._outbox is None:
-            self._propose(finding.key, batch_id, finding.kind, finding.call, finding.detail)
-            return
-        if self._store.add_filing(finding.key, batch_id, finding.kind, "found", finding.detail):
-            report.add("offences")
-            log.warning("offence", kind=finding.kind, **finding.detail)
-        state = next(f["state"] for f in self._store.filings() if f["key"] == finding.key)
-        if state != "found":
-            return
-        try:
-            self._outbox.send(finding.call, finding.key)
-            self._store.set_filing(finding.key, "sent")
-            report.add("filed")
-        except TransactionFailed as error:
-            log.info("filing refused", kind=finding.kind, reason=str(error))
-            self._store.set_filing(finding.key, "refused")
-
-    def _propose(self, key: str, batch_id: int | None, kind: str, call: Call | None, detail: dict[str, Any]) -> None:
-        state = "evidence" if call is None else "proposed"
-        if not self._store.add_filing(key, batch_id, kind, state, detail):
-            return
-        log.warning("offence" if call is None else "proposed", kind=kind, **detail)
-        if self._settings.mode is Mode.PROPOSE and call is not None:
-            write_proposal(self._settings.data / "proposals", Finding(key, kind, call, detail))
-
-
-def _challenge_key(batch: Batch, position: int, chunk: Chunk) -> str:
-    return f"challenge:{batch.id}:{batch.root.hex()[:16]}:{position}:{int(chunk[0])}:{chunk[1]}"
+                self._actions.found(None, finding, report)
+            self._store.judged(a, b)

@@ -88,6 +88,16 @@ def test_change_is_logged_with_old_and_new(parameters: Any) -> None:
     )  # fmt: skip
 
 
+def test_each_revision_stays_readable(parameters: Any) -> None:
+    for name, value in (("audit_rate", 50_000), ("jail_period", 5), ("audit_rate", 60_000), ("audit_rate", 70_000)):
+        set_parameter(parameters, name, value)
+    rates = [parameters.value_at(parameter_key("audit_rate"), revision) for revision in range(5)]
+    assert rates == [100_000, 50_000, 50_000, 60_000, 70_000]
+    assert [parameters.value_at(parameter_key("jail_period"), revision) for revision in (0, 1, 2, 4)] == [
+        86400, 86400, 5, 5,
+    ]  # fmt: skip
+
+
 def test_unknown_names_and_revisions(parameters: Any) -> None:
     unknown = parameter_key("audit_rat")
     refuses(

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import structlog
 from fastapi import FastAPI
 
 from poip_chain.control.client import KeySigner
-from poip_chain.control.gateway.app import create_app, http_client, make_gateway
+from poip_chain.control.gateway.app import configure_logs, create_app, http_client, make_gateway
 from poip_chain.control.gateway.catalogue import Catalogue, ServedModel
 from poip_chain.control.gateway.serving import Gateway
 from poip_chain.control.gateway.settings import GatewaySettings, ModelEntry
@@ -80,7 +81,9 @@ def running_gateway(
     settings = gateway_settings(path, **changes)
     ready = threading.Event()
     parts: dict[str, Any] = {}
+    configure_logs()
     with ExitStack() as stack:
+        stack.callback(structlog.reset_defaults)
         for node in nodes:
             stack.enter_context(node.running())
             chain.fund(GATEWAY.address, node.address, escrow)

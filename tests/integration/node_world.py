@@ -32,7 +32,7 @@ from poip_chain.economic.onboarding import register_call, stake_call
 from poip_chain.economic.profiles import deployment_settings
 from poip_chain.economic.types import Offer
 from poip_chain.service.node.admission import Served
-from poip_chain.spec.objects import ModelConfig, ModelSpec, Receipt
+from poip_chain.spec.objects import ModelConfig, ModelSpec, Profile, Receipt
 from poip_chain.spec.types import Address
 from tests.engines.node_kit import INPUT_PRICE, OUTPUT_PRICE, PROFILE, Client, key_of, request_hash
 
@@ -40,8 +40,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # Nodes are forked from a process that has the imports done: a start takes a fraction of a second instead of some.
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["poip_chain.service.node.app"])
-# One client for all polling: building one costs a tenth of a second, for a TLS context that is never used.
-HTTP = httpx.Client(verify=False, trust_env=False, timeout=60)
+# One client for all polling: building one costs a tenth of a second, for a TLS context that is never used. It keeps no
+# connection open, so it need not be closed.
+HTTP = httpx.Client(verify=False, trust_env=False, timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
 PASSWORD = "test only"
 POIP = 10**18
 WINDOWS = {
@@ -58,6 +59,19 @@ WINDOWS = {
 }
 CONFIG = ModelConfig(64, 128, 2, 4, 2, 16, 1000, 256, 10**7, 10_000, bytes(32), True, False, False, False)
 SPEC = ModelSpec(b"w" * 32, b"t" * 32, b"c" * 32, CONFIG.config_hash())
+
+
+@dataclass(frozen=True)
+class RegisteredModel:
+    """What is registered on chain as the world's one model."""
+
+    spec: ModelSpec
+    config: ModelConfig
+    profile: Profile
+
+
+TINY = RegisteredModel(SPEC, CONFIG, PROFILE)
+"""The scripted engine's."""
 
 
 def wait_until(condition: Callable[[], Any], timeout: float = 60.0, what: str = "") -> Any:
@@ -243,10 +257,12 @@ class NodeProcess:
 
 
 class World:
-    """See the module's docstring. `block_time` seconds; the contracts are deployed with a block per transaction first."""
+    """See the module's docstring. The contracts are deployed with a block per transaction first."""
 
-    def __init__(self, rpc_url: str, folder: Path, windows: dict[str, int]) -> None:
-        self.rpc_url, self.folder = rpc_url, folder
+    def __init__(
+        self, rpc_url: str, folder: Path, windows: dict[str, int], model: RegisteredModel, engine: Any
+    ) -> None:
+        self.rpc_url, self.folder, self.model = rpc_url, folder, model
         self.chain = Chain(rpc_url, timeout=30)
         self.operator = development_key(0)
         self.deployment_path = folder / "deployment.json"
@@ -257,11 +273,11 @@ class World:
         self.network = Network(self.chain, self.deployment)
         self.outbox = Outbox(self.chain, self.operator, folder / "operator.db")
         self._calls = 0
-        self.model_id = SPEC.model_id()
-        self.send(self.network.models.register(SPEC, CONFIG, "test"))
-        self.send(self.network.models.add_profile(self.model_id, PROFILE))
+        self.model_id = model.spec.model_id()
+        self.send(self.network.models.register(model.spec, model.config, "test"))
+        self.send(self.network.models.add_profile(self.model_id, model.profile))
         self.send(self.network.token.approve(self.network.vault.address, 10**30))
-        self.engine = EngineProcess(folder)
+        self.engine = engine or EngineProcess(folder)
         self.nodes: list[NodeProcess] = []
 
     def send(self, call: Call) -> None:
@@ -272,7 +288,7 @@ class World:
     def served(self, node: Address) -> Served:
         """What every node here serves."""
         domains = self.network.domain("log"), self.network.domain("vault")
-        return Served(node, self.model_id, 1, PROFILE, INPUT_PRICE, OUTPUT_PRICE, *domains)
+        return Served(node, self.model_id, 1, self.model.profile, INPUT_PRICE, OUTPUT_PRICE, *domains)
 
     def fund(self, address: Address) -> None:
         """Coins for gas."""
@@ -315,13 +331,15 @@ class World:
 
 
 @contextlib.contextmanager
-def running_world(folder: Path, **windows: int) -> Iterator[World]:
+def running_world(
+    folder: Path, *, model: RegisteredModel = TINY, engine: Any = None, **windows: int
+) -> Iterator[World]:
     """A world that lives as long as the block; blocks come one per transaction until `interval` is called.
 
-    windows: protocol parameters other than WINDOWS.
+    engine: something with `url` and `close()` in place of the scripted engine. windows: parameters other than WINDOWS.
     """
     with running_devnet() as url:
-        world = World(url, folder, windows)
+        world = World(url, folder, windows, model, engine)
         try:
             yield world
         finally:

@@ -5,6 +5,7 @@ The engine is the scripted one. The chain makes interval blocks.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import selectors
@@ -14,12 +15,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from poip_chain.control.client import Answer, KeySigner, NodeClient
+from poip_chain.control.ledger import Ledger
+from poip_chain.control.view import NetworkView
 from poip_chain.economic.types import CaseStatus
-from poip_chain.spec.objects import Batch, FinishReason, Part, Receipt, audit_draws
+from poip_chain.spec.objects import Batch, FinishReason, Part, Receipt, Request, SamplingParams, audit_draws
+from tests.engines.node_kit import PROFILE
 from tests.integration.node_world import HTTP, PASSWORD, ROOT, NodeProcess, World, running_world, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -365,3 +372,54 @@ def test_a_scrape_names_nobody(node: NodeProcess) -> None:
     text = HTTP.get(f"{node.url}/metrics").text
     assert "0x" not in text
     assert all(line.startswith(("#", "poip_node_")) for line in text.splitlines())
+
+
+def test_the_client_library_and_the_node_agree(world: World, tmp_path: Path) -> None:
+    """NodeClient against a node that wants strangers to pay first: prepaid, streamed, checked, paid, retried."""
+    node = world.add_node("strict", new_client_credit=0)
+    node.start()
+    signer, view = KeySigner(node.client.key.private_key), NetworkView(world.network)
+
+    async def scenario() -> list[Receipt]:
+        vault = view.vault_domain
+        ledger = Ledger(tmp_path / "ledger.db", signer.address, vault, lambda voucher: signer.sign(voucher, vault))
+        receipts = []
+        async with httpx.AsyncClient(trust_env=False) as http:
+            client = NodeClient(http, signer, view, ledger)
+            for number in range(2):
+                body = node.client.body((91, 92, 93 + number))
+                request, params = Request.from_json(body["request"]), SamplingParams.from_json(body["params"])
+                signed = client.sign(request, params, tuple(body["prompt_ids"]))
+                for _ in range(2):  # the second time brings the same receipt
+                    items = [item async for item in client.stream(node.address, node.url, signed, PROFILE)]
+                    answer = items[-1]
+                    assert isinstance(answer, Answer)
+                    assert [item.token_id for item in items[:-1]] == list(answer.transcript.output_ids)
+                    receipts.append(answer.receipt)
+            await client.step(view.profile)
+            await client.aclose()
+        ledger.close()
+        return receipts
+
+    receipts = asyncio.run(scenario())
+    assert receipts[0] == receipts[1] and receipts[2] == receipts[3]
+    settled(world, node)
+    node.kill()
+
+
+def test_node_status(world: World, node: NodeProcess) -> None:
+    """`poip node status` asks node and chain; a node that is not there is exit code 3."""
+
+    def status(url: str, *more: str) -> subprocess.CompletedProcess[str]:
+        common = ["--rpc", world.rpc_url, "--deployment", str(world.deployment_path)]
+        command = [sys.executable, "-m", "poip_chain.cli", "node", "status", "--url", url, *common, *more]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
+
+    shown = status(node.url, "--json")
+    assert shown.returncode == 0, shown.stderr
+    data = json.loads(shown.stdout)
+    assert data["node"] == node.address and data["health"]["status"] == "ok"
+    assert data["info"]["next_seq"] == data["health"]["receipts"] == len(node.receipts())
+    assert "withdrawable" in status(node.url).stdout
+    absent = status("http://127.0.0.1:1")
+    assert absent.returncode == 3 and "Traceback" not in absent.stderr

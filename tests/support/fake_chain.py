@@ -83,9 +83,7 @@ class FakeChain:
         if not 0 <= number < len(self.blocks):
             raise NotFound(f"no block {number}")
         block = self.blocks[number]
-        return Block(
-            number, Hash32(block.hash), Hash32(block.parent), 1000 + number, Hash32(bytes(32)), self.base_fee
-        )
+        return Block(number, Hash32(block.hash), Hash32(block.parent), 1000 + number, Hash32(bytes(32)), self.base_fee)
 
     def block_number(self) -> int:
         return self.block().number

@@ -91,7 +91,7 @@ def test_stated_address_must_be_the_keys(key_file: Path) -> None:
 
 def test_a_key_is_never_printed(key_file: Path) -> None:
     key = keys.load(key_file, password)
-    for text in (repr(key), str(key), f"{key}", f"{key!r}", "%s" % (key,)):
+    for text in (repr(key), str(key), f"{key}", f"{key!r}", f"{key}"):
         assert SECRET.hex() not in text and key.address in text
     with pytest.raises(TypeError):
         pickle.dumps(key)

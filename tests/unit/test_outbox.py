@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -237,7 +238,7 @@ def test_a_stuck_transaction_gets_bounded_bumps(chain: FakeChain, open_outbox: O
             clock.now += 21
             outbox.step()
         attempts = outbox.status("a").attempts
-        for old, new in zip(attempts, attempts[1:], strict=False):
+        for old, new in itertools.pairwise(attempts):
             assert new.max_fee * 1000 >= old.max_fee * 1125 and new.tip * 1000 >= old.tip * 1125
         assert 2 <= len(attempts) <= 11 and attempts[-1].max_fee <= 4 * 10**9
         assert {t.data for t in chain.sent} == {b"\x01"} and {t.nonce for t in chain.sent} == {0}
@@ -285,9 +286,7 @@ def test_a_transaction_that_fees_cannot_refuse_is_not_bumped_early(
         assert len(outbox.status("a").attempts) == 2
 
 
-def test_a_mined_revert_is_reported_and_never_tried_again(
-    chain: FakeChain, open_outbox: Opener, clock: Clock
-) -> None:
+def test_a_mined_revert_is_reported_and_never_tried_again(chain: FakeChain, open_outbox: Opener, clock: Clock) -> None:
     with open_outbox() as outbox:
         outbox.send(call(1), "a")
         chain.reverting.add(b"\x01")
@@ -384,7 +383,9 @@ def test_fees_of_a_replacement() -> None:
     assert policy.bumped(Fees(900, 8), Fees(10, 1)) is None
 
 
-EVENTS = st.sampled_from(["send", "mine", "forget", "restart", "reorg", "away", "lost answer", "foreign", "late", "step"])
+EVENTS = st.sampled_from(
+    ["send", "mine", "forget", "restart", "reorg", "away", "lost answer", "foreign", "late", "step"]
+)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

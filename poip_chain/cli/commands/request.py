@@ -98,7 +98,8 @@ def send(
                 f"request 0x{answer.receipt.request_hash.hex()}"
             )
 
-    asyncio.run(work())
+    with context.chain:
+        asyncio.run(work())
 
 
 @command.command("show")
@@ -110,7 +111,8 @@ def show(context: Context, request_hash: bytes) -> None:
     from poip_chain.economic.money import format_amount
 
     address = context.address(None)
-    ledger = _open_ledger(context, NetworkView(context.network), address)
+    with context.chain:
+        ledger = _open_ledger(context, NetworkView(context.network), address)
     try:
         attempts = ledger.of_request(request_hash)
     finally:
@@ -156,7 +158,8 @@ def settle(context: Context) -> None:
             troubles = await client.settle()
             return troubles, len(client.client.ledger.attempts("open", "abandoned"))
 
-    troubles, left = asyncio.run(work())
+    with context.chain:
+        troubles, left = asyncio.run(work())
     for trouble in troubles:
         output.warning(trouble)
     output.result({"open": left, "troubles": troubles}, f"{left} requests are still open." if left else "All settled.")

@@ -10,6 +10,8 @@ from poip_chain.cli import output
 from poip_chain.cli.context import AMOUNT, Context, command_context, key_context
 from poip_chain.cli.main import group
 
+MAX_RECEIPT_FILE_BYTES = 64 * 1024
+
 command = group("watch", "Follow batches, audit what is selected, act on what is wrong.")
 
 
@@ -85,8 +87,8 @@ def status(context: Context) -> None:
              "evidence": a.evidence}
             for a in audits
         ],
-        "challenges": challenges,
-        "offences": filings,
+        "challenges": [challenge.to_json() for challenge in challenges],
+        "offences": [filing.to_json() for filing in filings],
     }  # fmt: skip
 
     def text() -> None:
@@ -105,12 +107,12 @@ def status(context: Context) -> None:
         output.table(
             [">batch", ">receipt", "challenge", "state", ">bond"],
             [
-                (c["batch_id"], c["position"], c["challenge_id"], c["state"], format_amount(int(c["bond"])))
+                (c.batch_id, c.position, c.challenge_id, c.state, format_amount(c.bond))
                 for c in challenges
             ],
             title="challenges",
         )
-        output.table(["offence", "batch", "state"], [(f["kind"], f["batch_id"], f["state"]) for f in filings])
+        output.table(["offence", "batch", "state"], [(f.kind, f.batch_id, f.state) for f in filings])
 
     output.result(data, text)
 
@@ -129,11 +131,13 @@ def submit(context: Context, file: Path) -> None:
     from poip_chain.spec.objects import Receipt
 
     try:
+        if file.stat().st_size > MAX_RECEIPT_FILE_BYTES:
+            raise InvalidInput(f"{file} is too large for one signed receipt.")
         document = json.loads(file.read_text())
         receipt = Receipt.from_json(document["receipt"])
         signature = parse_hex(document["signature"], "signature", 65)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InvalidInput(f"{file} holds no signed receipt: {error}.") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InvalidInput(f"{file} holds no signed receipt: {error!r:.200}.") from error
     check_receipt(context.network, receipt, signature)
     with open_store(_data(context)) as store:
         store.observe(receipt, signature)

@@ -38,8 +38,8 @@ from poip_chain.spec.types import ZERO_ADDRESS, Address
 
 log = structlog.get_logger("poip.gateway")
 
-FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.CANCELLED: "stop"}
-"""OpenAI's names. Only a stop string makes a delivered answer end as cancelled."""
+FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.CANCELLED: "length"}
+"""OpenAI's names. A node may end an answer as cancelled when it shuts down or the deadline comes: it is incomplete."""
 LATE_RECEIPT_SECONDS = 10.0
 NODE_CODES = frozenset(
     {
@@ -149,9 +149,7 @@ class Gateway:
 
     async def _choose(self, need: Need, tried: dict[Address, str]) -> Choice:
         free, barred = await self._free_escrow()
-        choice = self.directory.choose(need, barred={**barred, **tried}, free_escrow=free)
-        log.debug("node chosen", node=choice.node, considered=len(choice.considered))
-        return choice
+        return self.directory.choose(need, barred={**barred, **tried}, free_escrow=free)
 
     async def _free_escrow(self) -> tuple[dict[Address, int], dict[Address, str]]:
         """What is not spoken for with each node, and the nodes that this key does not deal with."""
@@ -217,7 +215,10 @@ class Gateway:
                 attempt.answer = await self._receipt_of_cancelled(signed, choice, ask)
             complete = True
             attempt.finish_reason = _finish_reason(attempt, stopped=stops.found)
-            self.directory.succeeded(choice.node, first_token or 0.0, time.monotonic() - begun, attempt.tokens)
+            if _cut_short(attempt, stopped=stops.found):
+                self.directory.failed(choice.node, "ended an answer early")
+            else:
+                self.directory.succeeded(choice.node, first_token or 0.0, time.monotonic() - begun, attempt.tokens)
             if first_token is not None:
                 self.metrics.first_token_seconds.observe(first_token)
         except (PoipError, asyncio.CancelledError, GeneratorExit) as error:
@@ -355,6 +356,13 @@ def _finish_reason(attempt: _Try, *, stopped: bool) -> str:
     if stopped or attempt.answer is None:
         return "stop"
     return FINISH[FinishReason(attempt.answer.receipt.finish_reason)]
+
+
+def _cut_short(attempt: _Try, *, stopped: bool) -> bool:
+    """Whether the node ended the answer itself before it was complete."""
+    return (
+        not stopped and attempt.answer is not None and (attempt.answer.receipt.finish_reason == FinishReason.CANCELLED)
+    )
 
 
 def _reason(error: BaseException) -> str:
