@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -315,17 +316,20 @@ class _BoundedProvider(HTTPProvider):
         self._url = url
         self._timeout = timeout
         self._client: httpx.Client | None = None
+        self._lock = threading.Lock()
 
     def close(self) -> None:
-        client, self._client = self._client, None
+        with self._lock:
+            client, self._client = self._client, None
         if client is not None:
             client.close()
 
     def _make_request(self, method: RPCEndpoint, request_data: bytes) -> bytes:
-        client = self._client
-        if client is None:
-            # Two threads may both get here; the loser's client is closed when it is collected.
-            client = self._client = httpx.Client(timeout=self._timeout, trust_env=self._url.startswith("https://"))
+        with self._lock:
+            if self._client is None:
+                # A proxy that the environment names is for the outside world, not for a node on this machine.
+                self._client = httpx.Client(timeout=self._timeout, trust_env=self._url.startswith("https://"))
+            client = self._client
         try:
             with client.stream(
                 "POST", self._url, content=request_data, headers={"content-type": "application/json"}

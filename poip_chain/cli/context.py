@@ -59,6 +59,11 @@ class Context:
 
         return Chain(self.settings.rpc_url, self.settings.rpc_timeout)
 
+    def close(self) -> None:
+        """Close what was opened; the commands' frame calls it."""
+        if "chain" in self.__dict__:
+            self.chain.close()
+
     @cached_property
     def network(self) -> Network:
         """The deployed network, checked to be on this chain."""
@@ -258,7 +263,10 @@ def _with(function: Callable[..., R], options: Sequence[Callable[..., Any]], nam
             flags={name: value for name, value in flags.items() if value is not None},
             **{name: keywords.pop(name) for name in names},
         )
-        return function(context, *arguments, **keywords)
+        try:
+            return function(context, *arguments, **keywords)
+        finally:
+            context.close()
 
     decorated: Callable[..., R] = wrapper
     for option in options:

@@ -112,6 +112,9 @@ def cli() -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code. Deliberate errors are printed without a traceback."""
     output.reset()
+    # A wrong command line fails before any command could read its --json.
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    wants_json = "--json" in given[: given.index("--")] if "--" in given else "--json" in given
     try:
         code = cli.main(args=None if arguments is None else list(arguments), prog_name="poip", standalone_mode=False)
         # Without standalone mode click returns the code of an Exit, and otherwise what the command returned.
@@ -122,6 +125,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         click.echo(error.format_message(), err=True)
         return EXIT_USAGE
     except click.UsageError as error:
+        output.use_json(wants_json)
         output.usage_error(error)
         return EXIT_USAGE
     except click.ClickException as error:

@@ -109,7 +109,7 @@ def error(message: str, hint: str, code: str) -> None:
 
 def usage_error(failure: click.UsageError) -> None:
     """A wrong command line, with the command's usage."""
-    if "--json" in sys.argv or _json_mode:
+    if _json_mode:
         click.echo(json.dumps({"error": {"code": "usage", "message": failure.format_message(), "hint": ""}}, indent=2))
         return
     if failure.ctx is not None:

@@ -17,6 +17,7 @@ from poip_chain.proof.fetch import NodeWithholds, Record, checked_record
 from poip_chain.spec.eip712 import parse_hex
 from poip_chain.spec.merkle import verify_proof
 from poip_chain.spec.objects import Batch, Profile
+from poip_chain.spec.strict_json import parse_json
 
 VERSION = 1
 MAX_FILE_BYTES = 64 * 1024 * 1024
@@ -61,7 +62,7 @@ class Evidence:
         try:
             if path.stat().st_size > MAX_FILE_BYTES:
                 raise InvalidInput(f"{path} is larger than {MAX_FILE_BYTES} bytes; it is no evidence file.")
-            data = json.loads(path.read_text())
+            data = parse_json(path.read_bytes())
             if data["version"] != VERSION:
                 raise InvalidInput(f"{path} has version {data['version']!r}; this program reads version {VERSION}.")
             evidence = cls(
@@ -74,7 +75,7 @@ class Evidence:
                 record=Record.from_json(data["record"]),
                 result=dict(data["result"]),
             )
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise InvalidInput(f"{path} is not an evidence file: {error!r}.") from error
         try:
             checked_record(evidence.record, evidence.record.receipt)

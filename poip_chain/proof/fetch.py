@@ -24,6 +24,7 @@ from poip_chain.spec.merkle import merkle_root
 from poip_chain.spec.objects import Batch, Part, Receipt, Request, SamplingParams
 from poip_chain.spec.offences import TranscriptRoots, roots_fault, tokens_of
 from poip_chain.spec.strict_json import parse_json
+from poip_chain.spec.strict_json import parse_json
 from poip_chain.spec.transcript import Transcript, leaf_count, statement_hash
 
 T = TypeVar("T")

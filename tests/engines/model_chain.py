@@ -50,6 +50,7 @@ class State:
     earned: int = 0
     paid_out: int = 0
     challenges: dict[int, Duty] = field(default_factory=dict)
+    jailed: bool = False
     answered: dict[int, list[bytes]] = field(default_factory=dict)
     demands: dict[int, Duty] = field(default_factory=dict)
 
@@ -229,6 +230,7 @@ class ModelChain:
 
     def send_commit(self, key: str, *, batch: Batch, locator: str) -> None:
         def run(state: State) -> list[object]:
+            _require(not state.jailed, "stakes: node jailed")
             _require(batch.first_seq == state.next_seq, "log: first_seq is not next")
             state.node_cum += batch.total_fee
             state.next_seq += batch.count

@@ -48,8 +48,10 @@ def test_parse(text: str, wei: int) -> None:
         "٣",
         "1" * 90,
         "1" * 200,
-    ]
-    + ["0.0000000000000000001", "1.0000000001 gwei", "1\n2"],
+        "0.0000000000000000001",
+        "1.0000000001 gwei",
+        "1\n2",
+    ],
 )
 def test_refused(text: str) -> None:
     with pytest.raises(InvalidInput):

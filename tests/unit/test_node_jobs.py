@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from poip_chain.errors import IntegrityError
 from poip_chain.service.node.collection import plan_collection
+from poip_chain.service.node.refusals import RequestRefused
 from poip_chain.service.node.schema import BatchState, CollectionState, StoredVoucher
 from poip_chain.spec.objects import FinishReason, Part, Receipt, Voucher
 from poip_chain.spec.types import ZERO_HASH
@@ -290,6 +292,22 @@ def test_a_refused_transaction_is_tried_less_and_less(tmp_path: Path) -> None:
     for _ in range(12):
         delays.append(kit.node.ledger.put_off(job, now, 5.0, used=False) - now)
     assert delays[:4] == [5, 10, 20, 40] and delays[-1] == delays[-2] == 640
+
+
+def test_a_node_that_cannot_commit_takes_no_requests(kit: Kit) -> None:
+    """Jailed, for example: what it signed is kept, nothing more is signed, and it goes on when it may."""
+    receipts = ask(kit, 4)
+    kit.chain.state.jailed = True
+    kit.round()
+    with pytest.raises(RequestRefused, match="node jailed") as caught:
+        kit.ask()
+    assert (caught.value.status, caught.value.code) == (503, "cannot_commit")
+    health = asyncio.run(kit.node.health())
+    assert health["status"] == "degraded" and "jailed" in health["trouble"]["batches"]
+    kit.chain.state.jailed = False
+    settle_all(kit)
+    assert kit.chain.state.earned == owed(receipts)
+    ask(kit, 1)
 
 
 def test_without_a_chain_it_waits_and_goes_on(kit: Kit) -> None:

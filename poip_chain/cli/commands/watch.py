@@ -122,21 +122,20 @@ def status(context: Context) -> None:
 @command_context
 def submit(context: Context, file: Path) -> None:
     """Hand in a signed receipt (FILE: JSON with `receipt` and `signature`), to be compared with all others of its node."""
-    import json
-
     from poip_chain.errors import InvalidInput
     from poip_chain.proof.receipts import check_receipt
     from poip_chain.proof.store import open_store
     from poip_chain.spec.eip712 import parse_hex
     from poip_chain.spec.objects import Receipt
+    from poip_chain.spec.strict_json import parse_json
 
     try:
         if file.stat().st_size > MAX_RECEIPT_FILE_BYTES:
             raise InvalidInput(f"{file} is too large for one signed receipt.")
-        document = json.loads(file.read_text())
+        document = parse_json(file.read_bytes())
         receipt = Receipt.from_json(document["receipt"])
         signature = parse_hex(document["signature"], "signature", 65)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidInput(f"{file} holds no signed receipt: {error!r:.200}.") from error
     check_receipt(context.network, receipt, signature)
     with open_store(_data(context)) as store:

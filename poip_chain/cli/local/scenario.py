@@ -64,6 +64,7 @@ class Scenario:
         asked = 0
         for _ in range(FIRST_QUESTIONS):
             self._ask(next(questions), stream=asked % 2 == 0)
+            self._tell_chain()
             asked += 1
         while not self._over():
             self._local.supervisor.check()

@@ -42,6 +42,8 @@ class Batching:
     ) -> None:
         self._store, self._chain, self._transactions = store, chain, transactions
         self._count, self._age, self._locator, self._clock = batch_count, batch_age, locator, clock
+        self.blocked: str | None = None
+        """Why the chain takes no batch of this node (no stake, jailed, model sunset), None while it does."""
 
     def commit(self, *, demanded: bool = False) -> None:
         """Compose what is due (at once if `demanded`) and bring it to the chain, in order."""
@@ -51,6 +53,7 @@ class Batching:
             if composed is None:
                 break
             waiting.append(composed)
+        self.blocked = None
         if not waiting:
             return
         covered = self._chain.next_seq()
@@ -97,9 +100,9 @@ class Batching:
             self._chain.send_commit(key, batch=draft, locator=self._locator)
             crash_point("commit_sent")
 
-        self._transactions.ensure(
-            f"commit:{self._chain.node}:{batch.first_seq}", lambda: self._chain.next_seq() > batch.first_seq, send
-        )
+        job = f"commit:{self._chain.node}:{batch.first_seq}"
+        self._transactions.ensure(job, lambda: self._chain.next_seq() > batch.first_seq, send)
+        self.blocked = self._transactions.refused(job)
 
     def finalize(self, chain_time: int) -> None:
         """Make batches final whose window has ended without an open case."""

@@ -140,19 +140,20 @@ class Node:
             withdraw_threshold=settings.withdraw_threshold,
             depth=settings.finality_blocks,
         )
+        self.batching = Batching(
+            store,
+            chain,
+            transactions,
+            batch_count=settings.batch_count,
+            batch_age=settings.batch_age,
+            locator=settings.public_endpoint,
+            clock=clock,
+        )
         self.jobs = Jobs(
             store=store,
             ledger=self.ledger,
             chain=chain,
-            batching=Batching(
-                store,
-                chain,
-                transactions,
-                batch_count=settings.batch_count,
-                batch_age=settings.batch_age,
-                locator=settings.public_endpoint,
-                clock=clock,
-            ),
+            batching=self.batching,
             collector=self.collector,
             duties=Duties(store, self.ledger, chain, transactions, withhold_after=settings.withhold_after),
             metrics=self.metrics,
@@ -183,6 +184,7 @@ class Node:
             await asyncio.to_thread(self.accept_voucher, submission.voucher, payer)
         if (known := await asyncio.to_thread(self._stored, submission)) is not None:
             return known
+        self._check_committing()
         self.executor.check_room(submission)
         # By the wall clock, which also dates the receipt; chain time plays no part in an answer.
         check_deadline(submission.request, int(self._clock()))
@@ -194,6 +196,16 @@ class Node:
                 raise
         # The figures may be older than the deposit that the client just made.
         return self._start(submission, await asyncio.to_thread(self._escrows.get, payer, fresh=True))
+
+    def _check_committing(self) -> None:
+        """A receipt that cannot be committed is worth nothing to the client and may cost the node its stake."""
+        if self.jobs.fatal is not None or self.batching.blocked is not None:
+            raise RequestRefused(
+                503,
+                "cannot_commit",
+                f"this node takes no requests: it cannot commit its receipts ({self.jobs.fatal or self.batching.blocked}).",
+                retry_after=60,
+            )
 
     def _start(self, submission: Submission, escrow: Escrow) -> Job | Stored:
         """The last checks and the start, without a pause in between in which another request could slip in."""
@@ -272,6 +284,8 @@ class Node:
         engine = await self.engine.health()
         self.metrics.engine_up.set(engine)
         trouble = self.jobs.trouble()
+        if self.batching.blocked is not None:
+            trouble["batches"] = self.batching.blocked
         down = not engine or self.jobs.fatal is not None or "follow" in trouble
         status = "down" if down else "degraded" if trouble else "ok"
         counts = await asyncio.to_thread(self.jobs.counts)

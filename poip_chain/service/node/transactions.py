@@ -22,6 +22,11 @@ class Transactions:
 
     def __init__(self, chain: NodeChain, ledger: Ledger, clock: Callable[[], float], retry_delay: float) -> None:
         self._chain, self._ledger, self._clock, self._delay = chain, ledger, clock, retry_delay
+        self._refused: dict[str, str] = {}
+
+    def refused(self, job: str) -> str | None:
+        """Why the chain refused `job` the last time, if it has not been sent or done since."""
+        return self._refused.get(job)
 
     def ensure(self, job: str, done: Callable[[], bool], send: Callable[[str], None]) -> bool:
         """Move `job` on; True if its goal is reached. `send(key)` sends its transaction under that idempotency key.
@@ -30,6 +35,7 @@ class Transactions:
         was faster. Raises Unavailable if the chain does not answer.
         """
         if done():
+            self._refused.pop(job, None)
             return True
         attempt, not_before = self._ledger.attempt(job)
         key = f"{job}#{attempt}"
@@ -50,8 +56,10 @@ class Transactions:
         except (TransactionFailed, InsufficientFunds) as error:
             if done():
                 return True
+            self._refused[job] = str(error)
             until = self._ledger.put_off(job, now, self._delay, used=False)
             log.warning("cannot send", job=job, error=str(error)[:300], retry_in=round(until - now, 1))
             return False
+        self._refused.pop(job, None)
         log.info("sent", job=job)
         return False
