@@ -24,7 +24,6 @@ from poip_chain.spec.merkle import merkle_root
 from poip_chain.spec.objects import Batch, Part, Receipt, Request, SamplingParams
 from poip_chain.spec.offences import TranscriptRoots, roots_fault, tokens_of
 from poip_chain.spec.strict_json import parse_json
-from poip_chain.spec.strict_json import parse_json
 from poip_chain.spec.transcript import Transcript, leaf_count, statement_hash
 
 T = TypeVar("T")
@@ -134,7 +133,7 @@ class NodeReader:
             body = parse_json(asyncio.run(self._fetch(path, limit)))
         except TimeoutError as error:
             raise NodeWithholds(f"{path}: the node did not answer within {self._timeout:g} s.") from error
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, InvalidInput) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, InvalidInput, ExceptionGroup) as error:
             raise NodeWithholds(f"{path}: the node did not answer: {error!r:.300}.") from error
         if not isinstance(body, dict):
             raise NodeWithholds(f"{path}: the node did not answer with a JSON object.")
@@ -167,6 +166,8 @@ def _url(endpoint: str, path: str) -> str:
     fragment, or that brings credentials, is no endpoint."""
     if not endpoint.startswith(("http://", "https://")) or any(mark in endpoint for mark in "?#@ "):
         raise NodeWithholds(f"the node's endpoint {endpoint!r:.200} is no plain http or https address.")
+    if (port := httpx.URL(endpoint).port) is not None and not 0 < port < 2**16:
+        raise NodeWithholds(f"the node's endpoint {endpoint!r:.200} has no possible port.")
     return endpoint + path
 
 

@@ -22,7 +22,8 @@ from poip_chain.service.engine.noise import quantise_array
 
 MAX_BATCH_TOKENS = 2048
 """Tokens in one padded forward: bounds the memory of a re-execution, about 1 MB a token at 135M parameters."""
-VLLM_PROMPT_LOGPROBS = 20
+VLLM_PROMPT_LOGPROBS = 16
+"""What service/engine/server.py lets a request ask for."""
 ServedRow = dict[str, dict[str, Any]]
 
 
@@ -132,7 +133,7 @@ class EngineSource:
         except (httpx.HTTPError, json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
             raise Unavailable(
                 f"the engine at {self._url} did not re-execute: {error!r}.",
-                hint="Start it with --max-logprobs 20 or more.",
+                hint="Start it with --max-logprobs 16 or more.",
             ) from error
         if not isinstance(served, list) or len(served) != len(ids):
             raise Unavailable(f"{self._url} answered for another number of tokens than it was asked for.")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from poip_chain.economic.profiles import model_profile
 from poip_chain.proof.app import open_watchtower
 from poip_chain.proof.settings import WatchtowerSettings
 from poip_chain.proof.store import AuditState, open_store
-from poip_chain.service.engine.profiles import uncalibrated_profile
 from poip_chain.spec.objects import Receipt
 from tests.e2e.conftest import Engine
 from tests.integration.node_world import NodeProcess, RegisteredModel, World, running_world, wait_until
@@ -37,7 +37,9 @@ class SharedEngine:
 
 @pytest.fixture(scope="module")
 def world(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    model = RegisteredModel(engine.hashes.spec, engine.hashes.config, uncalibrated_profile(engine.hashes, 1024))
+    hashes = engine.hashes
+    profile = model_profile(hashes.config, hashes.end_token_ids, 1024)
+    model = RegisteredModel(hashes.spec, hashes.config, profile)
     folder = tmp_path_factory.mktemp("network")
     windows: dict[str, Any] = {"challenge_window": WINDOW, "unbonding_period": 600, "thaw_period": 400}
     with running_world(folder, model=model, engine=SharedEngine(engine.url), **windows) as made:

@@ -184,7 +184,7 @@ def test_settings_with_their_sources(terminal: Terminal, monkeypatch: pytest.Mon
     settings = terminal.json("config")["settings"]
     assert settings["rpc_url"] == {"value": terminal.url, "source": "flag"}
     assert settings["rpc_timeout"] == {"value": "4.0", "source": "environment POIP_RPC_TIMEOUT"}
-    assert terminal.json("config", "node")["settings"]["key"]["source"] == "must be set"
+    assert terminal.json("config", "node")["settings"]["rpc_url"] == {"value": terminal.url, "source": "flag"}
 
 
 def test_trouble_is_told_apart(terminal: Terminal, tmp_path: Path) -> None:

@@ -81,6 +81,17 @@ class LedgerMachine(RuleBasedStateMachine):
         self.live_max[node][signed.request_hash] = MAX_TOKENS
         return signed, node
 
+    @rule(target=open_requests, abandon=st.booleans())
+    def ask_both(self, abandon: bool) -> object:
+        """One request at two nodes, as after a retry."""
+        entry = self.ask(NODES[0])
+        if not isinstance(entry, tuple):
+            return multiple()
+        if abandon:
+            self.ledger.abandon(entry[0].request_hash, NODES[0], "too slow")
+        other = self.ask_elsewhere(entry)
+        return multiple(entry, other) if isinstance(other, tuple) else multiple(entry)
+
     @rule(target=open_requests, entry=open_requests)
     def ask_elsewhere(self, entry: tuple[SignedRequest, Address]) -> object:
         signed, node = entry
@@ -232,6 +243,31 @@ def test_two_receipts_for_one_request_are_equivocation(ledger: Ledger) -> None:
     with pytest.raises(BadAnswer, match="two different receipts"):
         ledger.accept(receipt_for(signed, 4, 4, seq=1), bytes(65))
     assert ledger.account(NODES[0]).accepted == 4
+
+
+@pytest.mark.parametrize("abandoned", [False, True])
+def test_the_second_receipt_for_a_request_is_kept_and_not_paid(ledger: Ledger, abandoned: bool) -> None:
+    signed = opened(ledger, 1)
+    ledger.open(signed, NODES[1], URL, available=1000, settled=0, now=1)
+    if abandoned:
+        ledger.abandon(signed.request_hash, NODES[0], "too slow")
+        assert ledger.accept(receipt_for(signed, 4, 4), bytes(65)) == ("unpaid", [])
+    else:
+        _, (voucher,) = ledger.accept(receipt_for(signed, 4, 4), bytes(65))
+        assert voucher.voucher.cumulative == 4
+    state, vouchers = ledger.accept(receipt_for(signed, 5, 5).replace(node=NODES[1]), bytes(65))
+    assert (state, [voucher.voucher.cumulative for voucher in vouchers]) == (
+        ("checked", [5]) if abandoned else ("unpaid", [])
+    )
+    assert all(attempt.receipt is not None for attempt in ledger.of_request(signed.request_hash))
+
+
+def test_a_prepaid_voucher_covers_only_what_prepays(ledger: Ledger) -> None:
+    first, second = opened(ledger, 1), opened(ledger, 2)
+    assert ledger.prepay(first.request_hash, NODES[0]).voucher.cumulative == MAX_TOKENS
+    assert ledger.prepay(second.request_hash, NODES[0]).voucher.cumulative == 2 * MAX_TOKENS
+    ledger.accept(receipt_for(first, 3, 3), bytes(65))
+    assert ledger.account(NODES[0]).signed == 2 * MAX_TOKENS
 
 
 def test_a_receipt_for_what_was_never_asked_is_refused(ledger: Ledger) -> None:

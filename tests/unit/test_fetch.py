@@ -217,10 +217,9 @@ class Raw:
 
     def _run(self) -> None:
         connection, _ = self._listener.accept()
-        with connection:
-            # The reader goes when it has had enough, as it should.
-            with contextlib.suppress(OSError):
-                self._play(connection, self._stop)
+        # The reader goes when it has had enough, as it should.
+        with connection, contextlib.suppress(OSError):
+            self._play(connection, self._stop)
 
     def __enter__(self) -> str:
         self._thread.start()

@@ -17,6 +17,7 @@ from poip_chain.errors import NotFound
 
 if TYPE_CHECKING:
     from poip_chain.control.direct import Question
+    from poip_chain.control.gateway.settings import ModelEntry
     from poip_chain.control.tokenizer import Tokenizer
     from poip_chain.control.view import NetworkView
     from poip_chain.spec.types import Address
@@ -29,6 +30,7 @@ command = group("request", "Requests without a gateway: who trusts nobody signs 
 @click.option(
     "--model", required=True, type=click.Path(path_type=Path), help="Prepared model directory (tokenizer and template)."
 )
+@click.option("--model-id", type=HASH, help="If the directory holds the tokenizer alone; default: computed from it.")
 @click.option("--raw", is_flag=True, help="PROMPT is plain text to continue, not a chat message.")
 @click.option("--node", help="Ask this node only; default: chosen by price and record.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer.")
@@ -40,6 +42,7 @@ def send(
     context: Context,
     prompt: str,
     model: Path,
+    model_id: bytes | None,
     raw: bool,
     node: str | None,
     max_tokens: int,
@@ -55,7 +58,7 @@ def send(
 
     view = NetworkView(context.network)
     address = context.address(node) if node else None
-    tokenizer, question = _question(view, prompt, model, raw, address, max_tokens, temperature, seed)
+    tokenizer, question = _question(view, prompt, _entry(model, model_id), raw, address, max_tokens, temperature, seed)
     path, signer = _ledger(context), KeySigner(context.key.private_key)
 
     async def work() -> None:
@@ -168,7 +171,7 @@ def settle(context: Context) -> None:
 def _question(
     view: NetworkView,
     prompt: str,
-    model: Path,
+    model: ModelEntry,
     raw: bool,
     node: Address | None,
     max_tokens: int,
@@ -177,11 +180,10 @@ def _question(
 ) -> tuple[Tokenizer, Question]:
     from poip_chain.control.direct import Question
     from poip_chain.control.gateway.catalogue import load_model
-    from poip_chain.control.gateway.settings import ModelEntry
     from poip_chain.control.tokenizer import conversation
     from poip_chain.spec.objects import SamplingParams, client_seed_from_integer
 
-    served = load_model(view, ModelEntry(name=model.name or "model", directory=model))
+    served = load_model(view, model)
     if raw:
         ids = served.tokenizer.encode_text(prompt)
     else:
@@ -196,6 +198,13 @@ def _question(
         client_seed=None if seed is None else bytes(client_seed_from_integer(seed)),
     )
     return served.tokenizer, question
+
+
+def _entry(directory: Path, model_id: bytes | None) -> ModelEntry:
+    from poip_chain.control.gateway.settings import ModelEntry
+
+    name = directory.resolve().name or "model"
+    return ModelEntry(name=name, directory=directory, model_id=None if model_id is None else "0x" + model_id.hex())
 
 
 def _ledger(context: Context) -> Path:

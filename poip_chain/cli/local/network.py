@@ -21,11 +21,10 @@ from poip_chain.cli.local.processes import Program, Supervisor, preferred_port
 from poip_chain.economic.money import TOKEN
 from poip_chain.economic.network import Network
 from poip_chain.economic.onboarding import register_call, stake_call
-from poip_chain.economic.profiles import deployment_settings
+from poip_chain.economic.profiles import deployment_settings, model_profile
 from poip_chain.economic.types import Offer
 from poip_chain.service.engine.checkpoint import degrade
 from poip_chain.service.engine.model import ModelHashes, prepare, prepare_default
-from poip_chain.service.engine.profiles import uncalibrated_profile
 
 MODEL_NAME = "smollm2-135m-instruct"
 MAX_CONTEXT = 1024
@@ -172,7 +171,7 @@ class LocalNetwork:
     def _register(self, network: Network) -> None:
         assert self.hashes is not None
         self._tell("registering the model and three nodes, each with its stake")
-        profile = uncalibrated_profile(self.hashes, MAX_CONTEXT)
+        profile = model_profile(self.hashes.config, self.hashes.end_token_ids, MAX_CONTEXT)
         with self.outbox(development_key(DEPLOYER)) as outbox:
             outbox.execute(network.models.register(self.hashes.spec, self.hashes.config, ""), "model")
             outbox.execute(network.models.add_profile(self.hashes.model_id, profile), "profile")

@@ -112,16 +112,20 @@ class Supervisor:
         self._remember()
 
     def memory_bytes(self) -> int:
-        """Resident memory of all running programs and their children (proportional share where the kernel tells it)."""
+        """Resident memory of all running programs and what they have started; shared pages count once (PSS)."""
+        children: dict[int, list[int]] = {}
+        for entry in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                parent = int(entry.read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.parent.name))
+        waiting = [process.pid for process in self._running.values()]
         total = 0
-        groups = {process.pid for process in self._running.values()}
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdigit():
-                continue
-            with contextlib.suppress(OSError, ValueError, StopIteration):
-                if os.getsid(int(entry.name)) in groups:
-                    lines = (entry / "smaps_rollup").read_text().splitlines()
-                    total += 1024 * int(next(line for line in lines if line.startswith("Pss:")).split()[1])
+        while waiting:
+            pid = waiting.pop()
+            waiting += children.get(pid, [])
+            with contextlib.suppress(OSError, StopIteration):
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                total += 1024 * int(next(line for line in lines if line.startswith("Pss:")).split()[1])
         return total
 
     def log_path(self, name: str) -> Path:
