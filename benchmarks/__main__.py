@@ -1,6 +1,7 @@
 """`python -m benchmarks`: run every benchmark once and write one table, as text and as JSON.
 
-Each module has `run(...) -> list[Row]`. Ratios are formed within one run on one machine; absolute numbers are for orientation.
+Each module has `run(...) -> list[Row]`. Ratios are formed within one run on one machine; absolute numbers are for
+orientation.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from rich.table import Table
 
 from benchmarks import chain_gas, crypto, devnet, engine, verification
 from benchmarks.rows import Row
+from poip_chain.service.engine.model import prepare_default
+
+DEFAULT_MODEL = Path(".build/models/smollm2-135m-instruct")
 
 
 def main() -> int:
     """Run the chosen benchmarks; exit code 0 if all of them ran."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="a prepared model directory")
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="a prepared model directory")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where the table goes")
     parser.add_argument("--only", nargs="*", default=[], help="names of benchmarks to run (default: all)")
     options = parser.parse_args()
@@ -38,6 +42,8 @@ def main() -> int:
     unknown = sorted(set(options.only) - set(suites))
     if unknown:
         parser.error(f"no benchmark named {', '.join(unknown)}; there are {', '.join(suites)}")
+    if options.model == DEFAULT_MODEL:
+        prepare_default(DEFAULT_MODEL)
     console, rows = Console(), []
     for name in options.only or suites:
         console.print(f"running {name} ...")
@@ -47,9 +53,7 @@ def main() -> int:
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     table = Table(title=f"poip-chain benchmarks ({machine})")
     for heading in ("what", "value", "unit", "compared with", "ratio", "goal", "how"):
-        table.add_column(
-            heading, justify="right" if heading in ("value", "ratio") else "left", overflow="fold"
-        )
+        table.add_column(heading, justify="right" if heading in ("value", "ratio") else "left", overflow="fold")
     for _, row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
         table.add_row(row.what, f"{row.value:,.4g}", row.unit, row.compared_with, ratio, row.goal, row.how)

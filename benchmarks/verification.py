@@ -53,9 +53,7 @@ def _generation_seconds(source: TorchSource, answer: Answer) -> float:
         begin = time.perf_counter()
         output = model(input_ids=torch.tensor([answer.prompt_ids]), use_cache=True)
         for token in answer.output_ids[:-1]:
-            output = model(
-                input_ids=torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True
-            )
+            output = model(input_ids=torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True)
         return time.perf_counter() - begin
 
 

@@ -394,14 +394,14 @@ class Watchtower:
         report.add(f"verdict_{outcome.verdict}")
 
     def _not_served(self, row: BatchRow, audit: AuditRow, now: int, reason: str, report: Report) -> None:
-        self._store.delay_audit(audit.batch_id, audit.position, now + RETRY_SECONDS)
         report.add("withheld")
-        if not self._patience_over(row.batch, audit.attempts, now):
-            return
-        chunk = next_chunk(self._store.answers(audit.batch_id, audit.position))
-        known = self._store.challenges(audit.batch_id, audit.position)
-        if chunk is not None and not any(challenge.state == "open" for challenge in known):
-            self._actions.challenge(row, audit, chunk, reason, report)
+        if self._patience_over(row.batch, audit.attempts, now):
+            chunk = next_chunk(self._store.answers(audit.batch_id, audit.position))
+            known = self._store.challenges(audit.batch_id, audit.position)
+            if chunk is not None and not any(challenge.state == "open" for challenge in known):
+                self._actions.challenge(row, audit, chunk, reason, report)
+        # Last, so that a kill in between does not put the challenge off.
+        self._store.delay_audit(audit.batch_id, audit.position, now + RETRY_SECONDS)
 
     def _close(self, report: Report) -> None:
         for row in self._store.batches(BatchState.SELECTED):

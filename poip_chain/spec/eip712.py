@@ -62,9 +62,7 @@ class TypedStruct:
 
     def __post_init__(self) -> None:
         for name, abi_type in self.ABI.items():
-            object.__setattr__(
-                self, name, checked(abi_type, getattr(self, name), f"{type(self).__name__}.{name}")
-            )
+            object.__setattr__(self, name, checked(abi_type, getattr(self, name), f"{type(self).__name__}.{name}"))
 
     @classmethod
     def type_string(cls) -> str:

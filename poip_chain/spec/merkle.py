@@ -71,9 +71,7 @@ def merkle_proof(leaves: Sequence[bytes], indices: Sequence[int]) -> list[Hash32
     return proof
 
 
-def root_from_proof(
-    leaves: Sequence[bytes], indices: Sequence[int], count: int, proof: Sequence[bytes]
-) -> Hash32:
+def root_from_proof(leaves: Sequence[bytes], indices: Sequence[int], count: int, proof: Sequence[bytes]) -> Hash32:
     """The root that `proof` gives for `leaves` standing at `indices` (strictly increasing) among `count` leaves.
 
     Raises InvalidInput if the shape is wrong: no leaf, an index out of range, a proof too short or too long, or a
@@ -81,9 +79,7 @@ def root_from_proof(
     """
     _check_indices(indices, count)
     if len(leaves) != len(indices):
-        raise InvalidInput(
-            f"{len(leaves)} leaves for {len(indices)} indices: a proof needs one leaf per index."
-        )
+        raise InvalidInput(f"{len(leaves)} leaves for {len(indices)} indices: a proof needs one leaf per index.")
     if any(len(node) != 32 for node in proof):
         raise InvalidInput("every hash of a Merkle proof must be 32 bytes.")
     nodes = [(i, leaf_hash(leaf)) for i, leaf in zip(indices, leaves, strict=True)]

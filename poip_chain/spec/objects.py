@@ -158,18 +158,12 @@ class Profile:
         ):
             checked("uint64", getattr(self, name), f"Profile.{name}")
         if not 0 < len(self.end_token_ids) <= MAX_END_TOKENS:
-            raise InvalidInput(
-                f"a profile has 1 to {MAX_END_TOKENS} end token ids, not {len(self.end_token_ids)}."
-            )
+            raise InvalidInput(f"a profile has 1 to {MAX_END_TOKENS} end token ids, not {len(self.end_token_ids)}.")
         if any(not 0 <= i < self.vocab_size for i in self.end_token_ids):
             raise InvalidInput("an end token id of the profile is outside its vocabulary.")
         for table in (self.margin_table, self.fingerprint_table):
-            if len(table) > MAX_TABLE_ROWS or any(
-                b.tokens <= a.tokens for a, b in pairwise(table)
-            ):
-                raise InvalidInput(
-                    f"a score table has at most {MAX_TABLE_ROWS} rows, strictly increasing in tokens."
-                )
+            if len(table) > MAX_TABLE_ROWS or any(b.tokens <= a.tokens for a, b in pairwise(table)):
+                raise InvalidInput(f"a score table has at most {MAX_TABLE_ROWS} rows, strictly increasing in tokens.")
         for text in (self.dtype, self.kv_dtype):
             if not text.isascii() or not 0 < len(text) <= 32:
                 raise InvalidInput("a profile's dtype is a short ASCII name such as 'bfloat16'.")

@@ -93,14 +93,10 @@ class Transcript:
             "fingerprints",
         }
         if not isinstance(data, dict) or set(data) != fields:
-            raise InvalidInput(
-                f"a transcript must be a JSON object with exactly the fields {sorted(fields)}."
-            )
+            raise InvalidInput(f"a transcript must be a JSON object with exactly the fields {sorted(fields)}.")
         reasons = {reason.name.lower(): int(reason) for reason in FinishReason}
         if not isinstance(data["finish_reason"], str) or data["finish_reason"] not in reasons:
-            raise InvalidInput(
-                f"finish_reason must be one of {sorted(reasons)}, not {data['finish_reason']!r:.40}."
-            )
+            raise InvalidInput(f"finish_reason must be one of {sorted(reasons)}, not {data['finish_reason']!r:.40}.")
         statement = data["engine_statement"]
         if not isinstance(statement, str) or not _encodes(statement, MAX_STATEMENT_BYTES):
             raise InvalidInput(f"engine_statement must be a text of at most {MAX_STATEMENT_BYTES} bytes of UTF-8.")
@@ -119,9 +115,7 @@ class Transcript:
 
 def header_hash(request_hash: bytes, finish_reason: int, engine_statement_hash: bytes) -> Hash32:
     """keccak(abi.encode(bytes32, uint8, bytes32))."""
-    return Hash32(
-        keccak(encode(["bytes32", "uint8", "bytes32"], [request_hash, finish_reason, engine_statement_hash]))
-    )
+    return Hash32(keccak(encode(["bytes32", "uint8", "bytes32"], [request_hash, finish_reason, engine_statement_hash])))
 
 
 def statement_hash(engine_statement: str) -> Hash32:
@@ -153,8 +147,7 @@ def fingerprint_leaves(fingerprints: Sequence[Sequence[FingerprintEntry]]) -> li
     """Fingerprints as leaves of up to 8 positions. Raises InvalidInput on a wrong count or a value outside its type."""
     try:
         positions = [
-            b"".join(struct.pack("<Ih", token_id, value) for token_id, value in position)
-            for position in fingerprints
+            b"".join(struct.pack("<Ih", token_id, value) for token_id, value in position) for position in fingerprints
         ]
     except struct.error as error:
         raise InvalidInput("a fingerprint entry is a uint32 token id and an int16 value.") from error

@@ -183,12 +183,12 @@ def test_poip_request_asks_pays_and_is_verified(
     place = ["--rpc", world.rpc_url, "--deployment", str(world.deployment_path), "--data", str(tmp_path)]
     common = [*place, "--key", "me"]
     saved = tmp_path / "answer.json"
+    model = ["--model", str(gateway.model), "--model-id", "0x" + gateway.model_id.hex()]
     send = [
         "request",
         "send",
         "Hi!",
-        "--model",
-        str(gateway.model),
+        *model,
         "--max-tokens",
         "40",
         "--save",

@@ -251,7 +251,7 @@ def test_wrong_api_keys(kit: GatewayKit, key: str) -> None:
     answer = httpx.post(f"{kit.url}/v1/chat/completions", json={}, headers=headers)
     assert answer.status_code == 401
     assert answer.json()["error"]["code"] == "invalid_api_key"
-    assert key == "" or key not in answer.text
+    assert len(key) < 8 or key not in answer.text
     with client(kit, api_key="poip-nope") as sdk, pytest.raises(openai.AuthenticationError):
         sdk.models.list()
 

@@ -368,16 +368,14 @@ def test_a_reorganisation_that_changes_the_beacon_draws_again(
 def test_the_chain_goes_away_and_comes_back(world: WatchWorld, node: ScriptedNode, tmp_path: Path) -> None:
     watcher = world.watcher(tmp_path)
     batch = node.commit(node.answer())
-    provider = watcher.chain.w3.provider
-    request = provider.make_request
 
-    def away(method: Any, params: Any) -> Any:
+    def away(*_: Any) -> Any:
         raise Unavailable("away")
 
-    provider.make_request = away  # type: ignore[method-assign]
-    with pytest.raises(Unavailable):
-        watcher.tower.step()
-    provider.make_request = request  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watcher.chain.w3.provider, "_make_request", away)
+        with pytest.raises(Unavailable):
+            watcher.tower.step()
     rounds(watcher, lambda: state_of(watcher, batch) is BatchState.DONE)
     assert watcher.audit(batch).verdict == Verdict.HONEST
 
@@ -405,6 +403,6 @@ def test_two_watchtowers_race_and_both_get_their_bonds_back(
     gained = [watcher.balance() - start for watcher, start in zip(watchers, before, strict=True)]
     assert min(gained) >= 0
     assert sum(gained) == reward_of(world, batch) + reward_of(world, malformed)
-    states = sorted(f.state for watcher in watchers for f in watcher.filings(malformed))
-    assert states == [FilingState.DONE, FilingState.MOOT]
+    states = [f.state for watcher in watchers for f in watcher.filings(malformed)]
+    assert states.count(FilingState.DONE) == 1 and set(states) <= {FilingState.DONE, FilingState.MOOT}
     assert [watcher.audit(batch).verdict for watcher in watchers] == ["withheld", "withheld"]

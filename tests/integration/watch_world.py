@@ -403,7 +403,7 @@ class WatchWorld:
         endpoint = f"{self._endpoint}/{name}"
         self.send(register_call(self.network, operator.address, key, peer, operator.address, endpoint))
         self.send(stake_call(self.network, operator, key.address, 1000 * POIP))
-        node = ScriptedNode(self, name, key, Outbox(self.chain, key, self.folder / f"{name}.db"))
+        node = ScriptedNode(self, name, key, Outbox(self.chain, key, self.folder / f"{name}.db", rebroadcast_after=0.0))
         self._nodes[name] = node
         return node
 

@@ -24,9 +24,7 @@ MAX_PROFILE_BYTES = 64 * 1024
 
 @command.command("register")
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option(
-    "--profile", type=click.Path(path_type=Path), help="Profile as JSON; default: uncalibrated limits."
-)
+@click.option("--profile", type=click.Path(path_type=Path), help="Profile as JSON; default: uncalibrated limits.")
 @click.option(
     "--max-context", type=click.IntRange(1), default=2048, show_default=True, help="Tokens; without --profile."
 )

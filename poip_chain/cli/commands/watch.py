@@ -106,10 +106,7 @@ def status(context: Context) -> None:
         )  # fmt: skip
         output.table(
             [">batch", ">receipt", "challenge", "state", ">bond"],
-            [
-                (c.batch_id, c.position, c.challenge_id, c.state, format_amount(c.bond))
-                for c in challenges
-            ],
+            [(c.batch_id, c.position, c.challenge_id, c.state, format_amount(c.bond)) for c in challenges],
             title="challenges",
         )
         output.table(["offence", "batch", "state"], [(f.kind, f.batch_id, f.state) for f in filings])
