@@ -151,7 +151,8 @@ def test_funds_add_up(terminal: Terminal) -> None:
     node = terminal.json("node", "list")["nodes"][0]["node"]
     terminal.fails(1, "funds", "withdraw", "--escrow", "node", "--key", "client", "--yes")
     with Chain(terminal.url) as chain:
-        chain.request("evm_increaseTime", 61)
+        # Automined blocks may run ahead of the clock: the time is set, not added to it.
+        chain.request("evm_setNextBlockTimestamp", chain.timestamp() + 61)
         chain.request("evm_mine")
     done = terminal.json("funds", "withdraw", "--escrow", "node", "--key", "client", "--yes")
     assert done["amounts"] == {f"escrow with {node}": str(2 * POIP)}

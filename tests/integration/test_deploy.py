@@ -268,7 +268,7 @@ def test_clients_round_trip(chain: Chain, network: Network, tmp_path: Path) -> N
     with Outbox(chain, client, tmp_path / "client.db") as outbox:
         with pytest.raises(TransactionFailed):
             outbox.send(network.log.finalize([batch]), "early")
-        chain.request("evm_increaseTime", 31)
+        chain.request("evm_setNextBlockTimestamp", batch.window_end)
         chain.request("evm_mine")
         outbox.execute(network.log.finalize([batch]), "final")
     assert network.log.status_of(batch) is BatchStatus.FINAL

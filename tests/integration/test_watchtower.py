@@ -84,7 +84,7 @@ def test_an_honest_batch_is_audited_and_nothing_is_filed(world: WatchWorld, node
     assert audits and all(audit.verdict == Verdict.HONEST for audit in audits)
     assert [Evidence.read(Path(a.evidence or "")).result["verdict"] for a in audits] == ["honest"] * len(audits)
     assert watcher.filings() == [] and watcher.calls() == []
-    world.mine(1, 60)
+    world.mine(1, 220)
     node.send(world.network.log.finalize([batch]))
     watcher.step()
     row = watcher.store.batch(batch.id)
