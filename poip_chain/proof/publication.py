@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from poip_chain.proof.fetch import Record
@@ -92,18 +93,20 @@ def _params(values: Mapping[str, Any]) -> SamplingParams:
 Chunk = tuple[Part, int]
 """(part, index of its first leaf, a multiple of 8)."""
 FIRST_CHUNK: Chunk = (Part.OUTPUT, 0)
+CHUNKS_AT_ONCE = 64
+"""Enough for a whole record of 2,048 tokens."""
 
 
-def next_chunk(answers: Mapping[Chunk, Answer]) -> Chunk | None:
-    """The next chunk to ask for, None if everything is published."""
+def missing_chunks(answers: Mapping[Chunk, Answer]) -> list[Chunk]:
+    """The next chunks to ask for: the first alone while nothing is known, none if everything is published.
+
+    At most CHUNKS_AT_ONCE, however many tokens the receipt claims.
+    """
     if not answers:
-        return FIRST_CHUNK
+        return [FIRST_CHUNK]
     known = next(iter(answers.values()))
-    for part in Part:
-        for first in range(0, leaf_count(part, _tokens(known, part)), CHUNK):
-            if (part, first) not in answers:
-                return part, first
-    return None
+    chunks = ((part, first) for part in Part for first in range(0, leaf_count(part, _tokens(known, part)), CHUNK))
+    return list(islice((chunk for chunk in chunks if chunk not in answers), CHUNKS_AT_ONCE))
 
 
 def published_leaves(answers: Mapping[Chunk, Answer]) -> dict[Part, list[bytes]]:
@@ -126,7 +129,7 @@ def _tokens(known: Answer, part: Part) -> int:
 
 
 def assemble(answers: Mapping[Chunk, Answer]) -> Record:
-    """The whole record of an answer whose leaves show no fault; call it when `next_chunk` is None."""
+    """The whole record of an answer whose leaves show no fault; call it when no chunk is missing."""
     known = next(iter(answers.values()))
     leaves = published_leaves(answers)
     data = {part: b"".join(leaves[part]) for part in Part}

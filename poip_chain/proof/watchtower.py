@@ -26,7 +26,7 @@ from poip_chain.errors import NotFound, PoipError, Unavailable
 from poip_chain.proof.actions import RETRY_SECONDS, Actions
 from poip_chain.proof.audit import MALFORMED, Auditor, BatchReceipts, Outcome
 from poip_chain.proof.fetch import NodeReader, NodeWithholds, Record, fetch_all
-from poip_chain.proof.publication import Answer, assemble, next_chunk, published_leaves
+from poip_chain.proof.publication import Answer, assemble, missing_chunks, published_leaves
 from poip_chain.proof.report import Report
 from poip_chain.proof.settings import WatchtowerSettings
 from poip_chain.proof.store import AuditRow, AuditState, BatchRow, BatchState, WatchtowerStore
@@ -383,7 +383,7 @@ class Watchtower:
         findings = self._auditor.published_findings(place, known, published_leaves(answers))
         if findings:
             return Outcome(MALFORMED, findings=tuple(findings))
-        return (place, assemble(answers)) if next_chunk(answers) is None else None
+        return None if missing_chunks(answers) else (place, assemble(answers))
 
     def _judged(self, batch: Batch, position: int, outcome: Outcome, evidence: Path | None, report: Report) -> None:
         """Store what was found, then that the audit is over: a kill in between does the former again."""
@@ -396,10 +396,12 @@ class Watchtower:
     def _not_served(self, row: BatchRow, audit: AuditRow, now: int, reason: str, report: Report) -> None:
         report.add("withheld")
         if self._patience_over(row.batch, audit.attempts, now):
-            chunk = next_chunk(self._store.answers(audit.batch_id, audit.position))
             known = self._store.challenges(audit.batch_id, audit.position)
-            if chunk is not None and not any(challenge.state == "open" for challenge in known):
-                self._actions.challenge(row, audit, chunk, reason, report)
+            under_way = {challenge.chunk for challenge in known if challenge.state == "open"}
+            # All that is missing at once: a node that answers each as late as it may cannot outlast the window.
+            for chunk in missing_chunks(self._store.answers(audit.batch_id, audit.position)):
+                if chunk not in under_way:
+                    self._actions.challenge(row, audit, chunk, reason, report)
         # Last, so that a kill in between does not put the challenge off.
         self._store.delay_audit(audit.batch_id, audit.position, now + RETRY_SECONDS)
 

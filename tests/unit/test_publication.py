@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poip_chain.proof.publication import CHUNK, FIRST_CHUNK, Answer, assemble, next_chunk, published_leaves
+from poip_chain.proof.publication import CHUNK, FIRST_CHUNK, Answer, assemble, missing_chunks, published_leaves
 from poip_chain.spec.objects import Part
 from poip_chain.spec.offences import Fault, leaf_fault
 from tests.engines.node_kit import PROFILE
@@ -21,7 +21,8 @@ def test_chunks_are_asked_for_in_order() -> None:
     answers = published(found)
     known: dict[tuple[Part, int], Answer] = {}
     order = []
-    while (chunk := next_chunk(known)) is not None:
+    while missing := missing_chunks(known):
+        chunk = missing[0]
         order.append(chunk)
         known[chunk] = answers[chunk]
     assert order[0] == FIRST_CHUNK
@@ -33,10 +34,10 @@ def test_an_answer_without_tokens_has_no_chunks_but_the_first() -> None:
     found = record(output_tokens=0)
     answers = published(found)
     first = {FIRST_CHUNK: answers[FIRST_CHUNK]}
-    assert next_chunk(first) == (Part.PROMPT, 0)
+    assert missing_chunks(first)[0] == (Part.PROMPT, 0)
     assert published_leaves(first) == {Part.OUTPUT: [], Part.FINGERPRINT: []}
     both = first | {(Part.PROMPT, 0): answers[Part.PROMPT, 0]}
-    assert next_chunk(both) is None
+    assert missing_chunks(both) == []
     assert assemble(both).transcript.output_ids == ()
 
 
@@ -44,7 +45,7 @@ def test_a_part_counts_once_it_is_whole() -> None:
     answers = published(record(prompt_tokens=300, output_tokens=70))
     some = {chunk: answers[chunk] for chunk in ((Part.OUTPUT, 0), (Part.PROMPT, 0))}
     assert set(published_leaves(some)) == {Part.OUTPUT}
-    assert next_chunk(some) == (Part.PROMPT, 8)
+    assert missing_chunks(some)[0] == (Part.PROMPT, 8)
 
 
 @given(st.integers(1, 700), st.integers(0, 300), st.randoms(use_true_random=False))
@@ -67,7 +68,7 @@ def test_an_enormous_claim_costs_no_time() -> None:
     receipt = found.receipt.replace(output_tokens=2**32 - 1)
     answer = Answer(receipt, found.request, found.params, found.roots(), (), ())
     assert set(published_leaves({FIRST_CHUNK: answer})) == set()
-    assert next_chunk({FIRST_CHUNK: answer}) == (Part.PROMPT, 0)
+    assert missing_chunks({FIRST_CHUNK: answer})[0] == (Part.PROMPT, 0)
 
 
 @pytest.mark.parametrize(
