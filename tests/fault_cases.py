@@ -6,6 +6,7 @@ with extremes, so that most examples sit beside the line that a rule draws.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -263,3 +264,83 @@ def leaf_cases(draw: Any) -> tuple[Case, Part, int, bytes]:
     elif change == "random":
         leaf = draw(st.binary(min_size=len(leaf), max_size=len(leaf)))
     return case, part, index, leaf
+
+
+def neighbours(value: Any, abi_type: str) -> list[Any]:
+    """Other values for a field: beside the right one, and extremes."""
+    if abi_type == "address":
+        return [NODE, CLIENT, Address("0x" + "00" * 20), Address("0x" + "33" * 20)]
+    if abi_type == "bytes32":
+        return [bytes(32), b"\xff" * 32]
+    top = 2 ** bits_of(abi_type) - 1
+    return sorted({max(value - 1, 0), min(value + 1, top), 0, 1, 2, 3, top} - {value})
+
+
+def honest_cases() -> list[Case]:
+    """One honest case for each way to end, and sampling parameters that are not served."""
+    return [
+        honest(),
+        honest(tuple(range(300, 364)), FinishReason.LENGTH),
+        honest((300,), FinishReason.CANCELLED),
+        honest((), FinishReason.CANCELLED),
+        honest((2, 7, 11), FinishReason.STOP, SamplingParams(0, stop_token_ids=(11,), ignore_eos=True)),
+        *(honest(params=params) for params in (SamplingParams(99), SamplingParams(2001), SamplingParams(700, 999))),
+        *(honest(params=params) for params in (SamplingParams(700, 1000, 1), SamplingParams(1, 1000, 0, (1000,)))),
+    ]
+
+
+def single_changes() -> list[Case]:
+    """Every honest case with each field of receipt, request and batch changed, one at a time."""
+    found = []
+    for case in honest_cases():
+        assert case.batch is not None
+        found += [case, dataclasses.replace(case, batch=None)]
+        for name in ("receipt", "request", "batch"):
+            item = getattr(case, name)
+            for field, kind in item.ABI.items():
+                for value in neighbours(getattr(item, field), kind):
+                    changes: dict[str, Any] = {name: item.replace(**{field: value})}
+                    if name == "request":
+                        # The fee follows, so that the first rule does not hide the others.
+                        fee = changes["request"].fee(case.receipt.output_tokens)
+                        if fee <= min(case.receipt.payer_cum, case.receipt.node_cum):
+                            changes["receipt"] = case.receipt.replace(fee=fee)
+                    found.append(dataclasses.replace(case, **changes))
+    return found
+
+
+def leaves_with_faults() -> list[tuple[Case, Part, int, bytes]]:
+    """Leaves that break each rule of leaves, and leaves that break none."""
+    found: list[tuple[Case, Part, int, bytes]] = []
+    ends = SamplingParams(0, stop_token_ids=(11,), ignore_eos=True)
+    for ids in ((300, 2), (300, 11), (300, 301), (2, 300), (11, 300), (300, 999), (300, 1000), (7, 2**32 - 1)):
+        for tail in (ids, (*range(300, 331), *ids), (*range(300, 330), *ids)):
+            for reason in FinishReason:
+                for params in (None, ends):
+                    case = honest(tail, reason, params)
+                    leaves = case.transcript.leaves(Part.OUTPUT)
+                    found += [(case, Part.OUTPUT, i, leaf) for i, leaf in enumerate(leaves)]
+    right = [(500 + i, -i) for i in range(8)]
+    positions = [right, right[::-1], [(500 + i, 0) for i in range(8)], [(507 - i, 0) for i in range(8)]]
+    positions += [[*right[:7], entry] for entry in ((500, -7), (506, -6), (999, -7), (1000, -7), (507, -(2**15)))]
+    positions += [[(507, 2**15 - 1), *right[:7]], [(i, v) for i, v in enumerate((9, 8, 1, 0, -1, -2, -300, -(2**15)))]]
+    for position in positions:
+        case = honest(tuple(range(300, 309)), FinishReason.CANCELLED)
+        fingerprints = (*case.transcript.fingerprints[:8], tuple(position))
+        transcript = dataclasses.replace(case.transcript, fingerprints=fingerprints)
+        found.append((case, Part.FINGERPRINT, 1, transcript.leaves(Part.FINGERPRINT)[1]))
+    for case, part, index, leaf in list(found[:6]) + list(found[-2:]):
+        found += [(case, part, index, wrong) for wrong in (b"", leaf[:-1], leaf + b"\0", leaf * 2)]
+    return found
+
+
+def pairs_with_faults() -> list[tuple[Receipt, Receipt]]:
+    """An honest pair of receipts with each field of the second changed, one at a time, in both orders."""
+    a = honest().receipt
+    b = a.replace(seq=6, fee=7, node_cum=a.node_cum + 7, payer_cum=a.payer_cum + 7, request_hash=keccak(b"b"))
+    pairs = [(a, b)]
+    for field, kind in b.ABI.items():
+        if field != "node":
+            pairs += [(a, b.replace(**{field: value})) for value in neighbours(getattr(b, field), kind)]
+            pairs += [(a.replace(**{field: value}), b) for value in neighbours(getattr(a, field), kind)]
+    return pairs + [(second, first) for first, second in pairs]

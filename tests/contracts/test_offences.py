@@ -156,6 +156,43 @@ def prove_transcript(network: Network, answer: Answer, evidence: Any, *leaf: Any
     )
 
 
+class TestEveryRule:
+    """Deterministic sweeps that reach each fault code, so that the random comparisons above need not."""
+
+    def test_receipts_and_places(self, rules: Any) -> None:
+        reached = set()
+        for case in fault_cases.single_changes():
+            batch = case.batch or NO_BATCH
+            judged = rules.receipt_fault(
+                case.receipt.values(), case.request.values(), standard(case.params), batch.values()
+            )
+            in_batch = batch if batch.id else None
+            assert judged == code(receipt_fault(case.receipt, case.request, case.params, PROFILE, in_batch)), case
+            placed = rules.place_fault(case.receipt.values(), batch.values(), case.index)
+            assert placed == code(place_fault(case.receipt, Place(batch, case.index))), case
+            reached |= {judged, placed}
+        assert reached >= set(range(Fault.SEQUENCE)) | {Fault.SEQUENCE, Fault.BATCH_TOTAL}
+
+    def test_pairs(self, rules: Any) -> None:
+        reached = set()
+        for a, b in fault_cases.pairs_with_faults():
+            judged = rules.sequence_fault(a.values(), b.values())
+            assert judged == code(sequence_fault(a, b) if a != b else None), (a, b)
+            reached.add(judged)
+        assert reached == {0, Fault.NODE_TOTAL, Fault.PAYER_TOTAL}
+
+    def test_leaves(self, rules: Any) -> None:
+        reached = set()
+        for case, part, index, leaf in fault_cases.leaves_with_faults():
+            values = (case.receipt.values(), case.request.values(), standard(case.params), int(part), index, leaf)
+            judged = rules.leaf_fault(*values)
+            expected = leaf_fault(case.receipt, case.request, case.params, PROFILE, part, index, leaf)
+            assert judged == code(expected), (case, part, index)
+            reached.add(judged)
+        leaf_codes = {Fault.TOKEN_ID, Fault.LEAF_SIZE, Fault.EARLY_END, Fault.MISSING_END, Fault.FINGERPRINT}
+        assert reached == {0, *leaf_codes}
+
+
 class TestReceipts:
     @pytest.mark.parametrize(
         ("receipt_changes", "request_changes", "fault"),
