@@ -6,7 +6,7 @@ then on it is known how many chunks there are. Knows the Availability contract's
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -32,15 +32,15 @@ class Answer:
     receipt_proof: tuple[bytes, ...]
 
     @classmethod
-    def from_event(cls, args: Mapping[str, Any], receipt_proof: Sequence[bytes]) -> Answer:
-        """From the arguments of an `Answered` event and the receipt's proof, which only the call's data holds."""
+    def from_event(cls, args: Mapping[str, Any]) -> Answer:
+        """From the arguments of an `Answered` event."""
         return cls(
             receipt=Receipt(**args["receipt"]),
             request=Request(**args["request"]),
             params=_params(args["params"]),
             roots=TranscriptRoots(**args["roots"]),
             leaves=tuple(bytes(leaf) for leaf in args["leaves"]),
-            receipt_proof=tuple(bytes(node) for node in receipt_proof),
+            receipt_proof=tuple(bytes(node) for node in args["receipt_proof"]),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -145,8 +145,7 @@ class Watchtower:
         challenge = self._store.close_challenge(event.args["id"], "answered")
         if challenge is None or not self._store.audits(batch_id=challenge.batch_id):
             return
-        proof = self._network.availability.receipt_proof_of_answer(event.transaction_hash)
-        self._store.add_answer(challenge, Answer.from_event(event.args, proof))
+        self._store.add_answer(challenge, Answer.from_event(event.args))
         place = (challenge.batch_id, challenge.position)
         self._store.move_audit(*place, AuditState.CHALLENGED, AuditState.FETCH)
 

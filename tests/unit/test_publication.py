@@ -114,7 +114,7 @@ def test_events_are_read_as_they_are() -> None:
         },
         "leaves": found.transcript.leaves(Part.OUTPUT),
     }
-    answer = Answer.from_event(args, [b"p" * 32])
+    answer = Answer.from_event({**args, "receipt_proof": [b"p" * 32]})
     assert (answer.receipt, answer.request, answer.roots) == (found.receipt, found.request, roots)
     assert answer.params.stop_token_ids == (9, 3, 3)
     assert len(answer.params.params_hash()) == 32

@@ -17,6 +17,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def blocks(language: str) -> list[tuple[str, str]]:
     """(document, content) of every fenced block in a language, '' for none."""
     found: list[tuple[str, str]] = []
+    opened = ""
     for path in DOCUMENTS:
         lines: list[str] | None = None
         for line in path.read_text().splitlines():

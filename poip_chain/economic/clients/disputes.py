@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from web3.exceptions import Web3Exception
-
 from poip_chain.chain.rpc import Call
 from poip_chain.economic.clients.base import ContractClient
 from poip_chain.economic.types import CaseStatus, ChallengeInfo, DemandInfo, Evidence
@@ -89,15 +87,6 @@ class Availability(ContractClient):
     def claimable(self, account: Address) -> int:
         """What an account may claim, wei."""
         return int(self.read("credits", account))
-
-    def receipt_proof_of_answer(self, transaction_hash: str) -> tuple[bytes, ...]:
-        """The receipt's Merkle proof in an answer's calldata; empty if the answer came through another contract."""
-        transaction = self.chain.request("eth_getTransactionByHash", transaction_hash)
-        try:
-            function, arguments = self.contract.decode_function_input(transaction["input"])
-        except (ValueError, TypeError, KeyError, Web3Exception):
-            return ()
-        return tuple(bytes(node) for node in arguments["receipt_proof"]) if function.fn_name == "answer" else ()
 
     def challenge(self, batch: Batch, draw: int, part: Part, first_leaf: int) -> Call:
         """Ask for at most 8 leaves of the receipt that the audit's draw selects; the sender posts the bond."""
