@@ -28,6 +28,8 @@ from poip_chain.service.engine.model import ModelHashes, prepare, prepare_defaul
 
 MODEL_NAME = "smollm2-135m-instruct"
 MAX_CONTEXT = 1024
+SEQUENCES = 8
+"""Requests that one engine runs at a time. Three engines with room for more would not fit into 10 GB."""
 STAKE = 1_000 * TOKEN
 INPUT_PRICE = 2 * 10**13
 OUTPUT_PRICE = 10**14
@@ -146,7 +148,8 @@ class LocalNetwork:
     def _engine(self, node: LocalNode) -> Program:
         arguments = [
             "--model", str(node.model), "--port", str(node.engine_port), "--max-model-len", str(MAX_CONTEXT),
-            "--max-num-seqs", "16", "--log-file", str(self.supervisor.log_path(f"engine-{node.name}-vllm")),
+            "--max-num-seqs", str(SEQUENCES), "--kv-cache-tokens", str(SEQUENCES * MAX_CONTEXT),
+            "--log-file", str(self.supervisor.log_path(f"engine-{node.name}-vllm")),
         ]  # fmt: skip
         return Program(
             f"engine-{node.name}",
@@ -199,6 +202,7 @@ class LocalNetwork:
             "key": str(self._keys / f"{node.name}.json"),
             "port": node.port,
             "engine_url": f"http://127.0.0.1:{node.engine_port}",
+            "capacity": SEQUENCES,
             "batch_age": BATCH_AGE,
             "withdraw_threshold": 1,
             "misbehave": "withhold_after=1" if node.degradation else "none",

