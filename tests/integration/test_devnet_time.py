@@ -221,7 +221,7 @@ def test_kill_9_while_blocks_are_being_sealed(tmp_path: Path) -> None:
                     w3.eth.send_transaction({"from": sender, "to": other, "value": 1, "gas": 21_000})  # type: ignore[typeddict-item]
                 )
                 known[receipt["blockNumber"]] = receipt["blockHash"]
-                if not killer.is_alive():
+                if killer.ident is None:  # not started yet; a dead one may have killed already
                     killer.start()
         except (OSError, ValueError):
             pass  # the connection broke: it was killed
