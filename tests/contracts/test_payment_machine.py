@@ -261,6 +261,7 @@ REACHED = ("collected", "partly", "convicted", "refunded", "paid")
 MOST_ROUNDS = 8
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_payments(network: Network) -> None:
     PaymentMachine.network, PaymentMachine.seen = network, Counter()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import pytest
 import boa
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -308,6 +309,7 @@ class StakingMachine(RuleBasedStateMachine):
         assert sum(token.balanceOf(account(f"{label} payout").address) for label in LABELS) == paid_out
 
 
+@pytest.mark.slow
 def test_staking_machine() -> None:
     deployed()  # outside the runs, each of which is undone
     run_state_machine_as_test(StakingMachine, settings=settings(max_examples=10, stateful_step_count=20, deadline=None))

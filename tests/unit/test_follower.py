@@ -360,6 +360,7 @@ STEPS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(steps=st.lists(STEPS, max_size=30), confirmations=st.integers(0, 2), max_range=st.integers(1, 5))
 def test_what_is_reported_adds_up_to_the_chain(

@@ -152,6 +152,7 @@ def test_a_reorganisation_of_a_collect(kit: Kit) -> None:
     assert kit.chain.state.earned == owed(receipts)
 
 
+@pytest.mark.slow
 def test_random_faults_end_in_the_right_state(tmp_path: Path) -> None:
     """Restarts, outages, reorganisations and work in any order: every wei arrives once."""
     for seed in range(6):
