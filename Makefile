@@ -23,8 +23,8 @@ down: setup ## stop what `make up` started
 test: lint ## lint, then every test, the real engine included
 	@$(PYTEST)
 
-test-fast: setup ## the tests that need neither the engine nor patience
-	@$(PYTEST) -m "not engine and not slow"
+test-fast: setup ## unit, contract and attack tests: what needs neither processes nor patience
+	@$(PYTEST) tests/unit tests/contracts tests/attack -m "not engine and not slow"
 
 lint: setup ## ruff, mypy and the lint of the contracts
 	@$(VENV)/python -m build_tools.lint
