@@ -103,7 +103,7 @@ def test_killed_with_a_real_engine_and_found_honest(world: World, node: NodeProc
     wait_until(
         lambda: vault.earned(node.address) + vault.treasury_due() == total,
         180,
-        f"all fees settle: {node.log()[-3000:]}",
+        lambda: f"all fees settle: {node.log()[-3000:]}",
     )
     assert vault.settled(payer, node.address) == total
     assert vault.escrow(payer, node.address).balance == 10**18 - total

@@ -68,7 +68,8 @@ class GatewayProcess:
         self.process: Any = None
 
     def start(self, crash_at: str = "", *, wait: bool = True) -> None:
-        """Start it, to be killed at a crash point if one is named."""
+        """Start it, to be killed at a crash point if one is named; one that a failed test left behind goes first."""
+        self.kill()
         values = {
             "rpc_url": self.world.rpc_url,
             "deployment": str(self.world.deployment_path),
@@ -95,7 +96,7 @@ class GatewayProcess:
         )
         self.process.start()
         if wait:
-            wait_until(lambda: self.ready() or self.ended(), 90, f"the gateway is ready; log: {self.log()[-2000:]}")
+            wait_until(lambda: self.ready() or self.ended(), 90, lambda: f"the gateway is ready; log: {self.log()}")
 
     def ready(self) -> bool:
         """Whether it has a node with escrow."""

@@ -74,15 +74,15 @@ TINY = RegisteredModel(SPEC, CONFIG, PROFILE)
 """The scripted engine's."""
 
 
-def wait_until(condition: Callable[[], Any], timeout: float = 60.0, what: str = "") -> Any:
-    """The first true value of `condition`; fails the test after `timeout` seconds."""
+def wait_until(condition: Callable[[], Any], timeout: float = 60.0, what: str | Callable[[], str] = "") -> Any:
+    """The first true value of `condition`; fails the test after `timeout` seconds, with `what` as it is then."""
     until = time.monotonic() + timeout
     while True:
         value = condition()
         if value:
             return value
         if time.monotonic() > until:
-            raise AssertionError(f"not within {timeout:.0f} s: {what or condition}")
+            raise AssertionError(f"not within {timeout:.0f} s: {what() if callable(what) else what or condition}")
         time.sleep(0.05)
 
 

@@ -15,8 +15,10 @@ import httpx
 import openai
 import pytest
 
+from poip_chain.control.checks import SignedRequest
 from poip_chain.control.gateway.serving import Gateway
 from poip_chain.spec.objects import FinishReason, Receipt
+from poip_chain.spec.types import Address
 from tests.engines.gateway_kit import GATEWAY, MODEL, GatewayKit, running_gateway
 from tests.engines.scripted_chain import ScriptedChain
 from tests.engines.scripted_node import Fault, ScriptedNode, change_transcript
@@ -70,6 +72,49 @@ def test_another_node_is_asked_before_the_first_byte(pair: GatewayKit, name: str
     assert (len(cheap.received), len(dear.received)) == (1, 1)
     pair.run(pair.gateway.settle())
     assert cheap.vouchers == [] and dear.paid == dear.payer_cum[GATEWAY.address] > 0
+
+
+def test_settling_does_not_close_the_spending_of_a_request_that_is_about_to_run(
+    pair: GatewayKit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closed early it would count as free: settle right after its money was set aside."""
+    gateway = pair.gateway
+    reserve = gateway.store.reserve
+
+    def reserve_and_close(key_id: str, request_hash: bytes, most: int) -> None:
+        reserve(key_id, request_hash, most)
+        gateway._close_spending()
+
+    monkeypatch.setattr(gateway.store, "reserve", reserve_and_close)
+    assert text_of(ask(pair)) == TEXT
+    ((draft, _),) = pair.nodes[0].stored.values()
+    (key,) = gateway.store.api_keys()
+    assert (key.spent, key.open) == (draft.receipt.fee, 0)
+    assert gateway._live == set()
+
+
+def test_settling_does_not_close_the_spending_of_a_request_between_two_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = ScriptedChain()
+    nodes = [ScriptedNode(chain, name=name) for name in ("one", "other")]
+    with running_gateway(tmp_path, chain, nodes) as kit:
+        say(kit, TEXT)
+        for node in nodes:
+            node.faults.append(Fault(refuse=(429, "busy")))
+        abandon = kit.gateway.client.abandon
+
+        async def abandon_and_settle(signed: SignedRequest, node: Address, reason: str) -> None:
+            await abandon(signed, node, reason)
+            await kit.gateway.settle()
+            for other in nodes:
+                other.faults.clear()
+
+        monkeypatch.setattr(kit.gateway.client, "abandon", abandon_and_settle)
+        assert text_of(ask(kit)) == TEXT
+        (fee,) = [draft.receipt.fee for node in nodes for draft, _ in node.stored.values()]
+        (key,) = kit.gateway.store.api_keys()
+        assert (key.spent, key.open) == (fee, 0)
 
 
 def test_an_unregistered_port_is_no_obstacle(pair: GatewayKit) -> None:

@@ -56,6 +56,16 @@ def settled(world: World, node: NodeProcess, gateway: GatewayProcess) -> bool:
     return (live, undelivered, accepted) == (0, 0, total) and gateway.spent() == (total, 0)
 
 
+def story(node: NodeProcess, gateway: GatewayProcess) -> str:
+    """What `settled` looks at, and both logs, for a failure."""
+    attempts = gateway.ledger_rows("SELECT request_hash, state, reason FROM attempts ORDER BY rowid DESC LIMIT 6")
+    vouchers = gateway.ledger_rows("SELECT count(*), sum(delivered) FROM vouchers")
+    accounts = gateway.ledger_rows("SELECT * FROM accounts")
+    fees = [receipt.fee for receipt in receipts_of(node, gateway)]
+    facts = f"{attempts=}\n{vouchers=}\n{accounts=}\n{fees=} {sum(fees)=}\n{gateway.spent()=}"
+    return f"all is settled\n{facts}\ngateway: {gateway.log()[-3000:]}\nnode: {node.log()[-2000:]}"
+
+
 def collected(world: World, node: NodeProcess, gateway: GatewayProcess) -> bool:
     total = sum(receipt.fee for receipt in receipts_of(node, gateway))
     return world.network.vault.settled(gateway.key.address, node.address) == total
@@ -124,7 +134,7 @@ def test_kill_9_at_every_step_loses_nothing_and_pays_nothing_twice(parts: Parts,
             # The answer may be complete before the vouchers go: the process dies a moment later.
             wait_until(gateway.ended, 30, "the crash")
             raise openai.APIConnectionError(request=None)  # type: ignore[arg-type]
-    wait_until(gateway.ended, 60, f"the crash; log: {gateway.log()[-2000:]}")
+    wait_until(gateway.ended, 60, lambda: f"the crash; log: {gateway.log()[-2000:]}")
     assert gateway.process.exitcode == -9
     gateway.start()
     text = ask(gateway).choices[0].message.content
@@ -132,7 +142,7 @@ def test_kill_9_at_every_step_loses_nothing_and_pays_nothing_twice(parts: Parts,
     if point in ("gateway_reserved", "gateway_opened"):
         # The node never heard of it: it is given up when its deadline has passed.
         world.pass_time(200)
-    wait_until(lambda: settled(world, node, gateway), 90, f"all is settled; log: {gateway.log()[-3000:]}")
+    wait_until(lambda: settled(world, node, gateway), 90, lambda: story(node, gateway))
     after = receipts_of(node, gateway)
     lost = point in ("gateway_reserved", "gateway_opened") or "move" in point
     assert len(after) - before == (1 if lost else 2)
@@ -168,7 +178,7 @@ def test_a_node_that_is_killed_mid_stream_is_reported_and_not_paid(parts: Parts)
     node.start()
     wait_until(gateway.ready, 60, "the node is back")
     wait_until(lambda: ask_succeeds(gateway), 60, "the node is no longer benched")
-    wait_until(lambda: settled(world, node, gateway), 90, f"all is settled; log: {gateway.log()[-3000:]}")
+    wait_until(lambda: settled(world, node, gateway), 90, lambda: story(node, gateway))
     assert gateway.stop() == 0
 
 

@@ -69,7 +69,7 @@ def settled(world: World, node: NodeProcess) -> None:
             and {r[0] for r in node.rows("SELECT state FROM collections")} == {"settled"}
         )
 
-    wait_until(done, 90, f"everything settles; log: {node.log()[-2500:]}")
+    wait_until(done, 90, lambda: f"everything settles; log: {node.log()[-2500:]}")
     total = sum(receipt.fee for receipt in node.receipts())
     vault = world.network.vault
     assert world.network.log.next_seq(node.address) == len(node.receipts())
@@ -286,7 +286,7 @@ def test_challenges_on_chain_are_answered(world: World, node: NodeProcess) -> No
     def all_answered() -> bool:
         return all(CaseStatus(availability.read("challenge_info", i)[6]) is CaseStatus.ANSWERED for i in ids)
 
-    wait_until(all_answered, 60, f"the answers; log: {node.log()[-2500:]}")
+    wait_until(all_answered, 60, lambda: f"the answers; log: {node.log()[-2500:]}")
     # The transcript is public now, without any signature.
     index = next(i for i in range(batch.count) if world.network.log.is_selected(batch, i))
     assert HTTP.get(f"{node.url}/v1/batches/{batch.id}/transcripts/{index}").status_code == 200

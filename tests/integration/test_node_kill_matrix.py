@@ -61,7 +61,7 @@ def settle(world: World, node: NodeProcess) -> None:
         shares = {row[0] for row in node.rows("SELECT state FROM collections")}
         return unbatched == 0 and batches == {"final"} and shares == {"settled"}
 
-    wait_until(done, 120, f"everything settles; log: {node.log()[-3000:]}")
+    wait_until(done, 120, lambda: f"everything settles; log: {node.log()[-3000:]}")
     receipts = node.receipts()
     payer, vault, log = node.client.address, world.network.vault, world.network.log
     total = sum(receipt.fee for receipt in receipts)

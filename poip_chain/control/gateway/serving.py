@@ -112,6 +112,16 @@ class Gateway:
         An answer that is not streamed comes as one Piece, so it can be retried until its end. Closing the generator
         cancels; what was produced until then is paid for later. Raises ApiError or another PoipError.
         """
+        # From before money is set aside until nobody is asked any more: meanwhile settling must not close its spending.
+        live: set[bytes] = set()
+        try:
+            async with aclosing(self._answer(ask, key, live)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        finally:
+            self._live -= live
+
+    async def _answer(self, ask: Ask, key: ApiKey | None, live: set[bytes]) -> AsyncGenerator[Piece | Done, None]:
         need = Need(ask.model.model_id, ask.model.profile_version, len(ask.prompt_ids), ask.max_tokens)
         tried: dict[Address, str] = {}
         signed: SignedRequest | None = None
@@ -122,7 +132,7 @@ class Gateway:
             except NoNode as error:
                 raise _unanswered(failure or error) from error
             if signed is None or not _covers(signed.request, choice):
-                signed = await asyncio.to_thread(self._sign, ask, key, choice)
+                signed = await asyncio.to_thread(self._sign, ask, key, choice, live)
             tried[choice.node] = "already tried for this request"
             attempt, yielded, held = _Try(signed, choice), False, ""
             try:
@@ -162,7 +172,7 @@ class Gateway:
                 free[account.node] = escrow.available - account.committed(escrow.settled)
         return free, barred
 
-    def _sign(self, ask: Ask, key: ApiKey | None, choice: Choice) -> SignedRequest:
+    def _sign(self, ask: Ask, key: ApiKey | None, choice: Choice, live: set[bytes]) -> SignedRequest:
         """Sign a request that any node may answer at these prices, and set aside what it may cost."""
         request = Request(
             client=self.client.signer.address,
@@ -180,6 +190,8 @@ class Gateway:
             deadline=int(self.clock() + self.settings.request_lifetime),
         )
         signed = self.client.sign(request, ask.params, ask.prompt_ids)
+        live.add(signed.request_hash)
+        self._live |= live
         if key is not None:
             self.store.reserve(key.id, signed.request_hash, signed.max_fee())
             crash_point("gateway_reserved")
@@ -191,7 +203,6 @@ class Gateway:
         ends = end_ids(ask.params, ask.model.profile)
         detokenizer, stops = ask.model.tokenizer.detokenizer(), StopStrings(ask.stop)
         begun, first_token = time.monotonic(), None
-        self._live.add(signed.request_hash)
         self.directory.started(choice.node)
         complete = False
         try:
@@ -226,7 +237,6 @@ class Gateway:
             self.directory.failed(choice.node, _reason(error), blame=blame)
             raise
         finally:
-            self._live.discard(signed.request_hash)
             if not complete:
                 self._settle_soon(signed, choice, ask)
 
