@@ -49,7 +49,7 @@ def run(model_dir: Path, progress: Progress | None = None, rounds: int = ROUNDS)
     """All rows of this benchmark. Starts and stops its own engine; takes about five minutes on two cores."""
     say = progress or (lambda _: None)
     rows = sampler_rows()
-    options = EngineOptions(model=model_dir, log_file=model_dir.parent / "benchmark-engine.log")
+    options = EngineOptions(model=model_dir, log_file=model_dir.parent / "benchmark-engine.log", dies_with_parent=True)
     with EngineServer(options) as server:
         for batch in TOKENS:
             rows += asyncio.run(_compare(server.url, options.served_name, batch, rounds, say))
