@@ -38,9 +38,8 @@ _STAMP = "poip-setup.json"
 TORCH_ADVICE = """\
 No source of PyTorch's CPU build is configured for pip, so nothing was downloaded: without one the ordinary
 build would come, with several gigabytes of CUDA packages that a CPU node cannot use.
-Fix: add PyTorch's CPU
-wheel index (pytorch.org, "Start Locally", CPU, names its address), or a folder that holds the wheel of
-{requirement}, to pip's own settings, and run the command again:
+Fix: add PyTorch's CPU wheel index (pytorch.org, "Start Locally", CPU, names its address), or a folder that
+holds the wheel of {requirement}, to pip's own settings, and run the command again:
     pip config set global.extra-index-url ADDRESS
     pip config set global.find-links FOLDER"""
 
