@@ -32,6 +32,7 @@ from fractions import Fraction
 from poip_chain.errors import InvalidInput
 from poip_chain.spec.merkle import merkle_root
 from poip_chain.spec.objects import ModelConfig
+from poip_chain.spec.rope_scaling import RopeScaling, scaling_hash
 from poip_chain.spec.types import Hash32
 
 MAX_WEIGHT = 32_640
@@ -134,15 +135,18 @@ def row_leaf(exponent: int, integers: Sequence[int], width: int = 2) -> bytes:
     return head + merkle_root([data[i : i + SEGMENT_BYTES] for i in range(0, len(data), SEGMENT_BYTES)])
 
 
-def weights_root(config: ModelConfig, tensors: Mapping[str, Sequence[Row]]) -> Hash32:
+def weights_root(
+    config: ModelConfig, tensors: Mapping[str, Sequence[Row]], scaling: RopeScaling | None = None
+) -> Hash32:
     """The root over all rows of a model. `tensors` maps checkpoint names to rows (a vector is one row).
 
-    Raises InvalidInput if a tensor is missing or has another shape than the dimensions say.
+    Raises InvalidInput if a tensor is missing or has another shape than the dimensions say, or `scaling` is not the
+    rope_scaling entry that the config names.
     """
     leaves: list[bytes] = []
     for tensor in tensor_plan(config):
         if not tensor.source:
-            leaves.extend(row_leaf(ROPE_EXPONENT, row, 4) for row in rope_rows(config))
+            leaves.extend(row_leaf(ROPE_EXPONENT, row, 4) for row in rope_rows(config, scaling))
             continue
         rows = tensors.get(tensor.source)
         if rows is None:
@@ -165,14 +169,19 @@ def row_index(config: ModelConfig, name: str, row: int) -> int:
     raise InvalidInput(f"this model has no tensor named {name!r}.")
 
 
-def rope_rows(config: ModelConfig) -> Iterator[list[int]]:
+def rope_rows(config: ModelConfig, scaling: RopeScaling | None = None) -> Iterator[list[int]]:
     """The RoPE tables, one row per position from 0: head_dim/2 cosines, then sines, in units of 2**-30.
 
-    Frequency i is rope_theta ** (-2 i / head_dim). Position p turns by p times that angle: each position is one
-    rotation after the one before, in fixed point of 160 bits, so the rounding to 30 bits is that of the exact value.
+    Frequency i is rope_theta ** (-2 i / head_dim), then scaled where the model's RoPE is. Position p turns by p times
+    that angle: each position is one rotation after the one before, in fixed point of 160 bits, so the rounding to 30 bits
+    is that of the exact value.
+    Raises InvalidInput if `scaling` is not the rope_scaling entry that the config names.
     """
+    if scaling_hash(scaling) != config.rope_scaling_hash:
+        raise InvalidInput("the RoPE scaling given is not the one that the model's config names by its hash.")
     half = config.head_dim // 2
-    steps = [_cos_sin(_angle(config.rope_theta, 2 * i, config.head_dim)) for i in range(half)]
+    angles = [_angle(config.rope_theta, 2 * i, config.head_dim) for i in range(half)]
+    steps = [_cos_sin(scaling.scale(angle) if scaling else angle) for angle in angles]
     state = [(1 << _ROPE_BITS, 0)] * half
     cut = _ROPE_BITS + ROPE_EXPONENT
     for _ in range(config.max_positions):

@@ -218,7 +218,7 @@ def test_verify_sees_changed_weights(directory: Path) -> None:
         ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"architectures": ["LlamaForCausalLM"], "attention_bias": True}, "bias"),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "sliding-window"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 8}, "sliding-window"),
         ({"num_attention_heads": None}, "num_heads"),
         ({"eos_token_id": None}, "end token"),
         ({"intermediate_size": 21}, "21 x 12"),

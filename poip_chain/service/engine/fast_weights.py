@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from poip_chain.errors import InvalidInput
 from poip_chain.spec import weights
 from poip_chain.spec.objects import ModelConfig
+from poip_chain.spec.rope_scaling import RopeScaling
 from poip_chain.spec.types import ZERO_HASH, Hash32
 
 Bytes = NDArray[np.uint8]
@@ -160,18 +161,23 @@ def row_leaf_hashes(exponents: NDArray[np.int16], rows: Bytes) -> Bytes:
     return leaf_hashes(np.concatenate([heads, level[:, 0]], axis=1))
 
 
-def weights_root(config: ModelConfig, load: LoadTensor, progress: Callable[[int, int], None] | None = None) -> Hash32:
+def weights_root(
+    config: ModelConfig,
+    load: LoadTensor,
+    progress: Callable[[int, int], None] | None = None,
+    scaling: RopeScaling | None = None,
+) -> Hash32:
     """`spec.weights.weights_root`. `load` gives a tensor by its checkpoint name as float32 (exact for bf16 and fp16).
 
     `progress` is told (rows done, rows in all). Raises InvalidInput if a tensor has another shape than the dimensions
-    say, and whatever `load` raises for a missing one.
+    say, whatever `load` raises for a missing one, and InvalidInput for another `scaling` than the config names.
     """
     plan = weights.tensor_plan(config)
     total = sum(tensor.rows for tensor in plan)
     hashes = np.empty((total, 32), np.uint8)
     done = 0
     for tensor in plan:
-        for part in _tensor_hashes(config, tensor, load):
+        for part in _tensor_hashes(config, tensor, load, scaling):
             hashes[done : done + len(part)] = part
             done += len(part)
             if progress:
@@ -179,9 +185,11 @@ def weights_root(config: ModelConfig, load: LoadTensor, progress: Callable[[int,
     return merkle_root_of_hashes(hashes)
 
 
-def _tensor_hashes(config: ModelConfig, tensor: weights.TensorPlan, load: LoadTensor) -> Iterator[Bytes]:
+def _tensor_hashes(
+    config: ModelConfig, tensor: weights.TensorPlan, load: LoadTensor, scaling: RopeScaling | None
+) -> Iterator[Bytes]:
     if not tensor.source:
-        table = np.array(list(weights.rope_rows(config)), dtype="<i4").reshape(tensor.rows, tensor.columns)
+        table = np.array(list(weights.rope_rows(config, scaling)), dtype="<i4").reshape(tensor.rows, tensor.columns)
         yield row_leaf_hashes(np.full(tensor.rows, weights.ROPE_EXPONENT, "<i2"), table.view(np.uint8))
         return
     values = load(tensor.source)

@@ -24,8 +24,10 @@ from typing import Any
 from eth_hash.auto import keccak
 
 from poip_chain.errors import IntegrityError, InvalidInput, PoipError, UnsupportedModel
+from poip_chain.spec import architecture
 from poip_chain.spec.merkle import merkle_root
 from poip_chain.spec.objects import ModelConfig, ModelSpec
+from poip_chain.spec.rope_scaling import RopeScaling
 from poip_chain.spec.types import Hash32
 
 Progress = Callable[[str], None]
@@ -35,7 +37,6 @@ RECORD_FORMAT = 1
 MAX_JSON_BYTES = 64 << 20
 """Bound of config and tokenizer files: the largest tokenizers in use have about 20 MB."""
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 TOKENIZER_FILES = (
     "added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
     "vocab.json",
@@ -158,7 +159,7 @@ def compute(directory: Path, progress: Progress | None = None) -> ModelHashes:
 
     say = progress or _silent
     settings = _settings(directory)
-    config = model_config(directory, settings)
+    config, scaling = model_config(directory, settings)
     tokenizer = tokenizer_hash(directory)
     template = Hash32(keccak(chat_template(directory).encode()))
     told = -1
@@ -171,58 +172,13 @@ def compute(directory: Path, progress: Progress | None = None) -> ModelHashes:
             say(f"model: hashing weights, {10 * tenth} %")
 
     with Checkpoint(directory) as checkpoint:
-        root = fast_weights.weights_root(config, checkpoint.load, tell)
+        root = fast_weights.weights_root(config, checkpoint.load, tell, scaling)
     return ModelHashes(root, tokenizer, template, config, end_token_ids(directory, settings))
 
 
-def model_config(directory: Path, settings: dict[str, Any] | None = None) -> ModelConfig:
-    """The dimensions of the model in `directory`. Raises UnsupportedModel, naming what the canonical engine lacks."""
-    s = _settings(directory) if settings is None else settings
-    name = (s.get("architectures") or ["none"])[0]
-    if name not in ARCHITECTURES:
-        raise UnsupportedModel(
-            f"{directory} holds a {name}; supported architectures are {', '.join(ARCHITECTURES)}.",
-            hint="Models of other architectures have no canonical execution yet.",
-        )
-    for key, allowed in (("hidden_act", (None, "silu")), ("quantization_config", (None,)), ("mlp_bias", (None, False))):
-        if s.get(key) not in allowed:
-            raise UnsupportedModel(f"{directory}/config.json sets {key} = {s[key]!r:.80}, which is not supported.")
-    if name == "LlamaForCausalLM" and s.get("attention_bias"):
-        raise UnsupportedModel(f"{directory} has a bias on the attention output, which is not supported.")
-    if s.get("sliding_window") and s.get("use_sliding_window", name == "MistralForCausalLM"):
-        raise UnsupportedModel(f"{directory} uses sliding-window attention, which is not supported.")
-    try:
-        heads = s["num_attention_heads"]
-        rope = _rope_theta(directory, s)
-        return ModelConfig(
-            hidden_size=s["hidden_size"],
-            intermediate_size=s["intermediate_size"],
-            num_layers=s["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=s.get("num_key_value_heads") or heads,
-            head_dim=s.get("head_dim") or s["hidden_size"] // heads,
-            vocab_size=s["vocab_size"],
-            max_positions=s["max_position_embeddings"],
-            rms_norm_eps_e12=round(s["rms_norm_eps"] * 10**12),
-            rope_theta=rope,
-            rope_scaling_hash=bytes(32),
-            tied_embeddings=bool(s.get("tie_word_embeddings", False)),
-            attention_bias=name == "Qwen2ForCausalLM",
-            mlp_bias=False,
-            qk_norm=name == "Qwen3ForCausalLM",
-        )
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise UnsupportedModel(f"{directory}/config.json lacks or misstates a dimension: {error}") from error
-
-
-def _rope_theta(directory: Path, s: dict[str, Any]) -> int:
-    """The base of the rotary embedding, which newer files keep in rope_parameters. Scaled variants are refused."""
-    parameters = s.get("rope_parameters") or s.get("rope_scaling") or {}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    theta = parameters.get("rope_theta", s.get("rope_theta", 10_000))
-    if kind != "default" or s.get("partial_rotary_factor", 1) != 1 or theta != int(theta) or theta < 2:
-        raise UnsupportedModel(f"{directory} uses rotary embeddings of type {kind!r}, which is not supported yet.")
-    return int(theta)
+def model_config(directory: Path, settings: dict[str, Any] | None = None) -> tuple[ModelConfig, RopeScaling | None]:
+    """The dimensions and RoPE scaling of the model in `directory`, as `spec.architecture` has them."""
+    return architecture.model_config(_settings(directory) if settings is None else settings, str(directory))
 
 
 def tokenizer_hash(directory: Path) -> Hash32:
