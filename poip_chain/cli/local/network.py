@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,16 +84,19 @@ class LocalNetwork:
 
         Raises Unavailable with the end of a log if a process does not come up.
         """
-        true_model = self._prepare(models, model)
-        cheap_model = self._degraded(models, true_model)
-        self._make_nodes(true_model, cheap_model)
         devnet = self._devnet()
-        engines = [self._engine(node) for node in self.nodes]
-        for program in (devnet, *engines):
-            self.supervisor.start(program)
-        self._tell("starting the devnet and three vLLM engines (they take one to three minutes)")
-        self.supervisor.wait([devnet], self._ready)
-        network = self._deploy()
+        self.supervisor.start(devnet)
+        with ThreadPoolExecutor(1, "deploy") as beside:
+            # Compiling the contracts takes half a minute of one core, preparing the model more than a minute of another.
+            deployed = beside.submit(self._deploy, devnet)
+            true_model = self._prepare(models, model)
+            cheap_model = self._degraded(models, true_model)
+            self._make_nodes(true_model, cheap_model)
+            engines = [self._engine(node) for node in self.nodes]
+            self._tell("starting three vLLM engines (they take one to three minutes)")
+            for engine in engines:
+                self.supervisor.start(engine)
+            network = deployed.result()
         self._register(network)
         self.supervisor.wait(engines, self._ready)
         services = [*(self._node(node) for node in self.nodes), self._gateway(), self._watchtower(true_model)]
@@ -158,11 +162,13 @@ class LocalNetwork:
             ready_timeout=480.0,
         )
 
-    def _deploy(self) -> Network:
-        self._tell("deploying the contracts")
+    def _deploy(self, devnet: Program) -> Network:
+        self.supervisor.wait([devnet], self._ready)
+        self._tell("compiling and deploying the contracts")
         settings = deployment_settings("devnet")
         with Chain(self.rpc_url) as chain:
             deploy(chain, development_key(DEPLOYER), settings, self.deployment_path)
+        self._tell("the contracts are deployed")
         self.network = Network(Chain(self.rpc_url), Deployment.load(self.deployment_path))
         return self.network
 
