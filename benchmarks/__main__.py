@@ -32,19 +32,23 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where the table goes")
     parser.add_argument("--only", nargs="*", default=[], help="names of benchmarks to run (default: all)")
     options = parser.parse_args()
+    console, rows = Console(), []
+
+    def say(line: str) -> None:
+        console.print(f"  {line}", highlight=False)
+
     suites: dict[str, Callable[[], list[Row]]] = {
         "crypto": crypto.run,
         "gas": chain_gas.run,
         "devnet": devnet.run,
-        "engine": lambda: engine.run(options.model),
+        "engine": lambda: engine.run(options.model, say),
         "verification": lambda: verification.run(options.model),
     }
     unknown = sorted(set(options.only) - set(suites))
     if unknown:
         parser.error(f"no benchmark named {', '.join(unknown)}; there are {', '.join(suites)}")
     if options.model == DEFAULT_MODEL:
-        prepare_default(DEFAULT_MODEL)
-    console, rows = Console(), []
+        prepare_default(DEFAULT_MODEL, say)
     for name in options.only or suites:
         console.print(f"running {name} ...")
         begin = time.monotonic()
