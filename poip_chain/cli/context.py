@@ -127,6 +127,12 @@ class Context:
             raise InvalidInput(f"{text!r} is neither an address nor a key.", hint=self._known_keys())
         return address_of(path)
 
+    def node(self, text: str) -> Address:
+        """A registered node by its address or the name of its first key. Raises NotFound."""
+        address = self.address(text)
+        self.network.registry.info(address)
+        return address
+
     @contextmanager
     def outbox(self, key: Key) -> Iterator[Outbox]:
         """The outbox of a key, held for the block."""

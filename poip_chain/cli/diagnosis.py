@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import BaseModel, Field
+
 from poip_chain.chain.keys import address_of, permissions_problem
 from poip_chain.cli.context import Context
 from poip_chain.economic.money import format_amount
 from poip_chain.errors import PoipError
-from poip_chain.spec.types import ZERO_ADDRESS, Address
+from poip_chain.spec.types import Address
 
 State = Literal["ok", "warning", "failed", "not checked"]
 
@@ -26,6 +28,14 @@ MAX_CLOCK_SKEW = 30
 LOW_COINS = 10**16
 """Wei of the chain's coin below which a sending key will soon be stuck."""
 PORTS = {"node": 8700, "gateway": 8800, "engine": 8000}
+"""Where the programs listen if the settings do not say otherwise."""
+FIXES = {
+    "chain": "Start the chain (`poip devnet`), or name another endpoint with --rpc.",
+    "contracts": "`poip deploy` makes a deployment; --deployment names another file.",
+    "model": "`poip model prepare` builds the default model; name a directory with --model.",
+    "engine": "Give the address as http://HOST:PORT; `poip engine serve --model DIR` starts one.",
+}
+"""What to do about an error that does not say it itself, by the check."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +64,9 @@ def examine(context: Context, model: Path | None, engine_url: str | None) -> Ite
             yield Diagnosis(name, "not checked", "the chain does not answer")
     yield from _keys(context)
     if deployed:
-        for path in _key_files(context):
-            yield from _guarded(f"funds of {path.stem}", lambda p=path: _funds(context, p))  # type: ignore[misc]
-    yield from _ports()
+        for name, address in _addresses(context).items():
+            yield from _guarded(f"funds of {name}", lambda n=name, a=address: _funds(context, n, a))  # type: ignore[misc]
+    yield from _ports(context)
     if model is not None:
         yield from _guarded("model", lambda: _model(context, model, deployed))
     if engine_url is not None:
@@ -70,7 +80,9 @@ def _guarded(name: str, check: Callable[[], Diagnosis]) -> Generator[Diagnosis, 
     except (PoipError, OSError) as error:
         hint = error.hint if isinstance(error, PoipError) else ""
         message = error.message if isinstance(error, PoipError) else str(error)
-        found = Diagnosis(name, "failed", message, hint)
+        found = Diagnosis(
+            name, "failed", message, hint or FIXES.get(name, "Repeat this; if it stays, see `poip node list`.")
+        )
     yield found
     return found.state in ("ok", "warning")
 
@@ -104,21 +116,38 @@ def _keys(context: Context) -> Iterator[Diagnosis]:
     if not files:
         yield Diagnosis("keys", "warning", f"none in {context.settings.keys}", "`poip key new NAME` makes one.")
     for path in files:
-        for secret in (path, path.with_suffix(".password")):
-            problem = permissions_problem(secret) if secret.exists() else ""
-            if problem:
-                yield Diagnosis(f"key {path.stem}", "failed", problem, f"chmod 600 {secret}")
-                break
-        else:
-            yield Diagnosis(f"key {path.stem}", "ok", str(address_of(path)))
+        yield _key(path)
 
 
-def _funds(context: Context, path: Path) -> Diagnosis:
-    network, address = context.network, address_of(path)
+def _key(path: Path) -> Diagnosis:
+    name = f"key {path.stem}"
+    for secret in (path, path.with_suffix(".password")):
+        problem = permissions_problem(secret) if secret.exists() else ""
+        if problem:
+            return Diagnosis(name, "failed", problem, f"chmod 600 {secret}")
+    try:
+        return Diagnosis(name, "ok", str(address_of(path)))
+    except (PoipError, OSError) as error:
+        return Diagnosis(name, "failed", str(error), f"Restore {path} from your copy, or move it away.")
+
+
+def _addresses(context: Context) -> dict[str, Address]:
+    """The keys that can be read; `_keys` tells of the others."""
+    found: dict[str, Address] = {}
+    for path in _key_files(context):
+        with contextlib.suppress(PoipError, OSError):
+            found[path.stem] = address_of(path)
+    return found
+
+
+def _funds(context: Context, key: str, address: Address) -> Diagnosis:
+    network = context.network
     coins, tokens = context.chain.balance(address), network.token.balance(address)
     node = network.registry.node_of_key(address)
     role = "" if node is None else f"; node {node}: {_node_state(context, node)}"
-    name, detail = f"funds of {path.stem}", f"{format_amount(tokens)}, {coins / 10**18:.4f} of the chain's coin{role}"
+    name, detail = f"funds of {key}", f"{format_amount(tokens)}, {coins / 10**18:.4f} of the chain's coin{role}"
+    if role.endswith("has left"):
+        return Diagnosis(name, "warning", detail, "It left for good: register a new node with a new key.")
     if node is not None and "not active" in role:
         return Diagnosis(name, "warning", detail, "`poip stake add` or `poip node unjail`; see `poip node list`.")
     if coins < LOW_COINS:
@@ -129,24 +158,45 @@ def _funds(context: Context, path: Path) -> Diagnosis:
 def _node_state(context: Context, node: Address) -> str:
     registry = context.network.registry
     info = registry.info(node)
-    if info.operator == ZERO_ADDRESS:
-        return "not active: not registered"
+    if info.deregistered_at:
+        return "not active: has left"
     state = "active" if registry.is_active(node) else "not active"
     jail = f", jailed until {info.jailed_until}" if info.jailed_until > context.chain.timestamp() else ""
     return f"{state}{jail}, stake {format_amount(info.active)}, {format_amount(info.locked)} of it locked"
 
 
-def _ports() -> Iterator[Diagnosis]:
-    for name, port in PORTS.items():
+def _ports(context: Context) -> Iterator[Diagnosis]:
+    for name in PORTS:
+        try:
+            host, port = _address(context, name)
+        except PoipError as error:
+            fix = error.hint or "Mend the settings; `poip config` shows them."
+            yield Diagnosis(f"port of the {name}", "failed", error.message, fix)
+            continue
         with socket.socket() as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             free = False
             with contextlib.suppress(OSError):
-                listener.bind(("127.0.0.1", port))
+                listener.bind((host, port))
                 free = True
         detail = f"{port} is {'free' if free else 'in use'}"
-        fix = "" if free else f"If that is not your own {name}, choose another port in the settings."
+        fix = "" if free else f"If that is not your own {name}, choose another port with --port or in the settings."
         yield Diagnosis(f"port of the {name}", "ok" if free else "warning", detail, fix)
+
+
+def _address(context: Context, program: str) -> tuple[str, int]:
+    """Where a program will listen by its section of the settings."""
+    from poip_chain.cli.settings import load_section
+
+    place = load_section(_Place, program, context.config, {"data": context.flags.get("data")}).values
+    return place.host, PORTS[program] if place.port is None else place.port
+
+
+class _Place(BaseModel):
+    """What a program's section of the settings says about its address."""
+
+    host: str = "127.0.0.1"
+    port: int | None = Field(None, ge=0, le=65535)
 
 
 def _model(context: Context, directory: Path, deployed: bool) -> Diagnosis:
@@ -166,7 +216,7 @@ def _engine(url: str) -> Diagnosis:
 
     try:
         status = httpx.get(f"{url.rstrip('/')}/health", timeout=5.0).status_code
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         return Diagnosis("engine", "failed", f"{url}: {error!r}", "`poip engine serve --model DIR` starts one.")
     if status != 200:
         return Diagnosis("engine", "failed", f"{url} answers {status}", "Wait until it is ready, or see its log.")

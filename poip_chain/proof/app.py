@@ -77,7 +77,13 @@ def run(settings: WatchtowerSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     if settings.metrics_port is not None:
-        start_http_server(settings.metrics_port, addr="127.0.0.1")
+        try:
+            start_http_server(settings.metrics_port, addr="127.0.0.1")
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot serve metrics on port {settings.metrics_port} (watchtower.metrics_port): {error.strerror}.",
+                hint="Choose another port, or stop what listens there.",
+            ) from error
     with open_watchtower(settings) as watchtower:
         watchtower.run(stop, lambda name, count: ROUNDS.labels(name).inc(count))
 

@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from poip_chain.errors import ConfigurationError
 
@@ -31,6 +31,14 @@ class Mode(StrEnum):
     """Send them, within the bond budget."""
 
 
+class WatchtowerPlace(BaseModel):
+    """Where a watchtower keeps its files: all that a tool needs that looks at them."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    data: Path = Path("~/.poip/watchtower")
+
+
 class WatchtowerSettings(BaseModel):
     """Settings of one watchtower. Times in seconds, money in wei of the network's token."""
 
@@ -38,7 +46,7 @@ class WatchtowerSettings(BaseModel):
 
     rpc_url: str
     deployment: Path
-    data: Path
+    data: Path = Field(Path("~/.poip/watchtower"), description="directory of the databases and evidence files")
     key: Path | None = Field(None, description="keystore v3 of the account that posts bonds; needed in mode defend")
     password_file: Path | None = None
     mode: Mode = Mode.WATCH
@@ -56,7 +64,12 @@ class WatchtowerSettings(BaseModel):
     )
     audits_per_round: int = Field(64, ge=1, description="receipts fetched and re-executed in one round at most")
     torch_threads: int = Field(1, ge=1)
-    metrics_port: int | None = None
+    metrics_port: int | None = Field(None, ge=1, le=65535, description="Prometheus metrics on this port of 127.0.0.1")
+
+    @field_validator("deployment", "data", "key", "password_file")
+    @classmethod
+    def _home(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser()
 
 
 def load_settings(path: Path) -> WatchtowerSettings:

@@ -76,9 +76,10 @@ def run(context: Context, evidence: Path, model: Path, positions: bool) -> None:
 @command_context
 def list_(context: Context) -> None:
     """Audits of the watchtower in this data directory."""
+    from poip_chain.cli.commands.watch import data_of
     from poip_chain.proof.store import open_store
 
-    with open_store(context.settings.data / "watchtower") as store:
+    with open_store(data_of(context)) as store:
         audits = store.audits()
     output.result(
         [{"batch": a.batch_id, "position": a.position, "verdict": a.verdict, "evidence": a.evidence} for a in audits],

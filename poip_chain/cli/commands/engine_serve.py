@@ -13,10 +13,12 @@ from poip_chain.cli.context import Context, command_context
 @click.command(name="serve")
 @click.option("--model", required=True, type=click.Path(path_type=Path), help="Prepared model directory.")
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", type=int, default=8000, show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
 @click.option("--max-model-len", type=int, default=2048, show_default=True, help="Prompt and output tokens together.")
 @click.option("--max-num-seqs", type=int, default=64, show_default=True, help="Requests in one batch.")
-@click.option("--dtype", default="auto", show_default=True, help="auto: bfloat16 where the hardware has it, or float32.")
+@click.option(
+    "--dtype", default="auto", show_default=True, help="auto: bfloat16 where the hardware has it, or float32."
+)
 @click.option("--kv-cache-gib", type=int, default=1, show_default=True, help="CPU engines: memory for keys and values.")
 @click.option("--threads", type=int, default=1, show_default=True, help="CPU engines: threads.")
 @command_context

@@ -9,7 +9,7 @@ import click
 from poip_chain.cli import output
 from poip_chain.cli.context import AMOUNT, HASH, Context, command_context, sending_context
 from poip_chain.cli.main import group
-from poip_chain.errors import ConfigurationError, InvalidInput, Unavailable
+from poip_chain.errors import ConfigurationError, InvalidInput
 
 command = group(
     "node",
@@ -18,7 +18,6 @@ command = group(
 )
 
 SIGNATURE_SECONDS = 3600
-MAX_INFO_BYTES = 64 * 1024
 
 
 @command.command("register")
@@ -135,7 +134,7 @@ def offer(
     from poip_chain.economic.types import Offer
     from poip_chain.spec.types import Hash32
 
-    network, address = context.network, context.address(node)
+    network, address = context.network, context.node(node)
     if remove:
         title = f"take back the offer of model 0x{model_id.hex()} on {address}"
         context.transact(title, network.registry.remove_offer(address, model_id), node=address)
@@ -164,17 +163,24 @@ def _per_token(per_million: int) -> int:
 @click.argument("node")
 @click.option("--new-key", required=True, help="Key (name or file) that signs from then on.")
 @click.option(
-    "--next-seq", type=click.IntRange(min=0), help="First receipt number of the new key; default: asked from the node."
+    "--next-seq",
+    type=click.IntRange(0, 2**56 - 1),
+    help="First receipt number of the new key; default: the next one in the node's database (--data).",
 )
 @sending_context
 def rotate_key(context: Context, node: str, new_key: str, next_seq: int | None) -> None:
-    """Give NODE a new node key; by its operator (--key). The old key stays valid for the receipts before."""
+    """Give NODE a new node key; by its operator (--key). The old key stays valid for the receipts before.
+
+    Stop the node first, and start it with the new key when the rotation delay is over.
+    """
+    from poip_chain.cli.rotation import first_of_new_key
     from poip_chain.spec.objects import ProofOfPossession
 
     network, address = context.network, context.address(node)
     info = network.registry.info(address)
     signer = context.load_key(new_key)
-    first = _next_seq(info.endpoint) if next_seq is None else next_seq
+    first = first_of_new_key(context, address, info.endpoint, next_seq)
+    delay = network.parameters.value("key_rotation_delay")
     deadline = context.chain.timestamp() + SIGNATURE_SECONDS
     proof = ProofOfPossession(context.key.address, signer.address, 1, deadline)
     signature = proof.sign(network.domain("registry"), signer.private_key)
@@ -185,30 +191,13 @@ def rotate_key(context: Context, node: str, new_key: str, next_seq: int | None) 
         node=address,
         new_key=signer.address,
         next_seq=first,
+        delay=delay,
     )
-
-
-def _next_seq(endpoint: str) -> int:
-    """What a running node says that its next receipt number is."""
-    import httpx
-
-    try:
-        with httpx.stream("GET", endpoint.rstrip("/") + "/v1/info", timeout=5.0) as response:
-            body = b""
-            for chunk in response.iter_bytes():
-                body += chunk
-                if len(body) > MAX_INFO_BYTES:
-                    raise InvalidInput(f"{endpoint} answered more than {MAX_INFO_BYTES} bytes.")
-        import json
-
-        value = json.loads(body)["next_seq"]
-    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        raise Unavailable(
-            f"the node at {endpoint} does not say its next receipt number.", hint="Give it with --next-seq."
-        ) from error
-    if not isinstance(value, int) or not 0 <= value < 2**64:
-        raise InvalidInput(f"the node at {endpoint} states the receipt number {value!r}.", hint="Give --next-seq.")
-    return value
+    if not context.dry_run:
+        output.note(
+            f"In {delay} seconds only {signer.address} counts from receipt {first} on: let the node sign none of these "
+            f"with its old key. Then start it with the new key and the setting node.node = {address}."
+        )
 
 
 @command.command("endpoint")
@@ -217,7 +206,7 @@ def _next_seq(endpoint: str) -> int:
 @sending_context
 def endpoint(context: Context, node: str, url: str) -> None:
     """Change the URL at which clients reach NODE; by its operator."""
-    address = context.address(node)
+    address = context.node(node)
     context.transact(
         f"set the endpoint of {address} to {url}", context.network.registry.set_endpoint(address, url), node=address
     )
@@ -228,7 +217,7 @@ def endpoint(context: Context, node: str, url: str) -> None:
 @sending_context
 def unjail(context: Context, node: str) -> None:
     """Let NODE work again after its jail period; by its operator."""
-    address = context.address(node)
+    address = context.node(node)
     context.transact(f"unjail {address}", context.network.registry.unjail(address), node=address)
 
 
@@ -237,7 +226,7 @@ def unjail(context: Context, node: str) -> None:
 @sending_context
 def deregister(context: Context, node: str) -> None:
     """Take NODE out of the network for good; its free stake unbonds. By its operator."""
-    address = context.address(node)
+    address = context.node(node)
     title = f"deregister {address}"
     context.transact(
         title,

@@ -21,8 +21,7 @@ def add(context: Context, node: str, amount: int) -> None:
     """Add AMOUNT to the stake of NODE, from the wallet of --key. Anyone may add."""
     from poip_chain.economic.money import format_amount
 
-    network, address = context.network, context.address(node)
-    network.registry.info(address)
+    network, address = context.network, context.node(node)
     deadline = context.chain.timestamp() + PERMIT_SECONDS
     v, r, s = network.token.permit(context.key, network.registry.address, amount, deadline)
     title = f"stake {format_amount(amount)} on {address}"
@@ -43,7 +42,7 @@ def unbond(context: Context, node: str, amount: int) -> None:
     """Start to take AMOUNT of free stake out of NODE; by its operator. It stays slashable until it is withdrawn."""
     from poip_chain.economic.money import format_amount
 
-    network, address = context.network, context.address(node)
+    network, address = context.network, context.node(node)
     period = network.parameters.value("unbonding_period")
     title = f"unbond {format_amount(amount)} of {address}"
     context.transact(
@@ -61,7 +60,7 @@ def unbond(context: Context, node: str, amount: int) -> None:
 @sending_context
 def cancel(context: Context, node: str, unbonding_id: int) -> None:
     """Make the unbonding UNBONDING_ID of NODE active stake again; by its operator."""
-    address = context.address(node)
+    address = context.node(node)
     title = f"cancel unbonding {unbonding_id} of {address}"
     context.transact(title, context.network.registry.cancel_unbond(address, unbonding_id), node=address)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,59 +16,61 @@ MAX_RECEIPT_FILE_BYTES = 64 * 1024
 command = group("watch", "Follow batches, audit what is selected, act on what is wrong.")
 
 
-def _data(context: Context) -> Path:
-    return context.settings.data / "watchtower"
+def data_of(context: Context) -> Path:
+    """The watchtower's directory, wherever the settings put it; the other settings need not be complete."""
+    from poip_chain.cli.settings import load_section
+    from poip_chain.proof.settings import WatchtowerPlace
+
+    place = load_section(WatchtowerPlace, "watchtower", context.config, context.flags)
+    if place.sources["data"] == "default":
+        return context.settings.data / "watchtower"
+    return place.values.data.expanduser()
 
 
 @command.command()
 @click.option(
     "--mode",
     type=click.Choice(["watch", "propose", "defend"]),
-    default="watch",
-    show_default=True,
-    help="watch: report only. propose: also write the transactions as files. defend: send them.",
+    help="watch (default): report only. propose: also write the transactions as files. defend: send them.",
 )
 @click.option("--model", "models", multiple=True, type=click.Path(path_type=Path), help="Prepared model to re-execute.")
 @click.option(
     "--engine", "engines", multiple=True, metavar="MODEL_ID=URL", help="vLLM server that re-executes instead."
 )
-@click.option("--bond-budget", type=AMOUNT, default=0, help="Most that may stand in bonds at one time.")
-@click.option("--poll-interval", type=float, default=1.0, show_default=True, help="Seconds between rounds.")
-@click.option("--confirmations", type=int, default=0, show_default=True, help="Blocks before a batch is believed.")
-@click.option("--metrics-port", type=int, help="Serve Prometheus metrics on this port of 127.0.0.1.")
+@click.option("--bond-budget", type=AMOUNT, help="Most that may stand in bonds at one time.")
+@click.option("--poll-interval", type=float, help="Seconds between rounds; default 1.")
+@click.option("--confirmations", type=int, help="Blocks before a batch is believed; default 0.")
+@click.option(
+    "--metrics-port", type=click.IntRange(1, 65535), help="Serve Prometheus metrics on this port of 127.0.0.1."
+)
 @key_context
 def run(
     context: Context,
-    mode: str,
     models: tuple[Path, ...],
     engines: tuple[str, ...],
-    bond_budget: int,
-    poll_interval: float,
-    confirmations: int,
-    metrics_port: int | None,
+    **flags: Any,
 ) -> None:
-    """Run until stopped. Without --model or --engine everything but the computation is checked."""
+    """Run until stopped. Without --model or --engine everything but the computation is checked.
+
+    All settings: section [watchtower] of the settings file, and POIP_WATCHTOWER_*.
+    """
+    from poip_chain.cli.settings import load_section
     from poip_chain.proof import app
-    from poip_chain.proof.settings import Mode, WatchtowerSettings
+    from poip_chain.proof.settings import WatchtowerSettings
 
     wrong = [entry for entry in engines if "=" not in entry]
     if wrong:
         raise click.BadParameter(f"{wrong[0]!r} is not MODEL_ID=URL.", param_hint="--engine")
-    settings = WatchtowerSettings(
-        rpc_url=context.settings.rpc_url,
-        deployment=context.settings.deployment_path,
-        data=_data(context),
-        key=context.key_path(context.key_name) if context.key_name else None,
-        password_file=context.password_file,
-        mode=Mode(mode),
-        bond_budget=bond_budget,
-        models=list(models),
-        engine_urls=dict(entry.split("=", 1) for entry in engines),
-        poll_interval=poll_interval,
-        confirmations=confirmations,
-        metrics_port=metrics_port,
-    )
-    app.run(settings)
+    given = {
+        **{name: value for name, value in context.flags.items() if name != "data"},
+        **flags,
+        "key": context.key_path(context.key_name) if context.key_name else None,
+        "password_file": context.password_file,
+        "models": list(models) or None,
+        "engine_urls": dict(entry.split("=", 1) for entry in engines) or None,
+    }
+    settings = load_section(WatchtowerSettings, "watchtower", context.config, {"data": context.settings.data, **given})
+    app.run(settings.values.model_copy(update={"data": data_of(context)}))
 
 
 @command.command()
@@ -77,7 +80,7 @@ def status(context: Context) -> None:
     from poip_chain.economic.money import format_amount
     from poip_chain.proof.store import open_store
 
-    with open_store(_data(context)) as store:
+    with open_store(data_of(context)) as store:
         audits, challenges, filings = store.audits(), store.challenges(), store.filings()
         batches = store.batches()
     data = {
@@ -135,7 +138,7 @@ def submit(context: Context, file: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidInput(f"{file} holds no signed receipt: {error!r:.200}.") from error
     check_receipt(context.network, receipt, signature)
-    with open_store(_data(context)) as store:
+    with open_store(data_of(context)) as store:
         store.observe(receipt, signature)
         pairs = len(store.equivocations())
     output.result(

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -29,6 +30,7 @@ from starlette.responses import JSONResponse, Response
 
 from poip_chain.chain.deployment import Deployment
 from poip_chain.chain.keys import Key, load, password_from
+from poip_chain.chain.listening import bound_socket
 from poip_chain.chain.outbox import Outbox
 from poip_chain.chain.rpc import Chain
 from poip_chain.control.client import KeySigner, NodeClient, Timeouts
@@ -241,6 +243,7 @@ def run(settings: GatewaySettings) -> None:
     with contextlib.ExitStack() as stack:
         key = load(settings.key, password_from(settings.password_file))
         deployment = Deployment.load(settings.deployment)
+        listener = stack.enter_context(bound_socket(settings.host, settings.port, "gateway"))
         chain = Chain(settings.rpc_url, settings.rpc_timeout)
         stack.callback(chain.close)
         network = Network(chain, deployment)
@@ -273,7 +276,7 @@ def run(settings: GatewaySettings) -> None:
                 lambda node: view.forget_escrow(key.address, node),
             )
             stack.callback(escrow.close)
-        asyncio.run(_serve(settings, view, catalogue, store, ledger, key, escrow))
+        asyncio.run(_serve(settings, view, catalogue, store, ledger, key, escrow, listener))
 
 
 def open_ledger(path: Path, key: Key, view: ChainView) -> Ledger:
@@ -332,6 +335,7 @@ async def _serve(
     ledger: Ledger,
     key: Key,
     escrow: EscrowManager | None,
+    listener: socket.socket,
 ) -> None:
     async with http_client() as http:
         clock = await ChainClock.of(view)
@@ -340,8 +344,6 @@ async def _serve(
         )
         config = uvicorn.Config(
             create_app(gateway),
-            host=settings.host,
-            port=settings.port,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -360,7 +362,7 @@ async def _serve(
             asyncio.create_task(_repeat("clock", clock.step, settings.refresh_interval)),
         ]
         try:
-            await server.serve()
+            await server.serve(sockets=[listener])
         finally:
             for job in jobs:
                 job.cancel()

@@ -25,6 +25,7 @@ from types import FrameType, TracebackType
 import httpx
 
 import poip_chain
+from poip_chain.chain.listening import bound_socket
 from poip_chain.errors import ConfigurationError, Unavailable
 
 PLUGIN = "poip_chain.service.engine.plugin:PoipLogitsProcessor"
@@ -186,14 +187,16 @@ class EngineServer:
         return self.options.log_file or self.options.model / f"engine-{self.port}.log"
 
     def start(self) -> None:
-        """Launch the process and return at once. Raises ConfigurationError if there is no such model
-        directory.
+        """Launch the process and return at once. Raises ConfigurationError if there is no such model directory or the
+        port is taken.
         """
         if not (self.options.model / "config.json").is_file():
             raise ConfigurationError(
                 f"{self.options.model} is not a model directory: it has no config.json.",
                 hint="Run `poip model prepare` first.",
             )
+        # vLLM would find out after it has loaded the model.
+        bound_socket(self.options.host, self.port, "engine").close()
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(

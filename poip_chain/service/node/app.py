@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 
@@ -18,6 +19,7 @@ import uvicorn
 
 from poip_chain.chain.deployment import Deployment
 from poip_chain.chain.keys import Key, load, password_from
+from poip_chain.chain.listening import bound_socket
 from poip_chain.chain.rpc import Chain
 from poip_chain.economic.network import Network
 from poip_chain.errors import ConfigurationError, Unavailable
@@ -60,6 +62,7 @@ def run(settings: NodeSettings) -> None:
         key = load(settings.key, password_from(settings.password_file))
         name = Address(checked("address", settings.node, "node")) if settings.node else key.address
         deployment = Deployment.load(settings.deployment)
+        listener = stack.enter_context(bound_socket(settings.host, settings.port, "node"))
         network = Network(Chain(settings.rpc_url, settings.rpc_timeout), deployment)
         patiently(network.check, settings.startup_timeout)
         store = Store(
@@ -79,10 +82,12 @@ def run(settings: NodeSettings) -> None:
         )
         stack.callback(chain.close)
         served = patiently(lambda: choose_served(settings, chain), settings.startup_timeout)
-        asyncio.run(_serve(settings, store, chain, served, key))
+        asyncio.run(_serve(settings, store, chain, served, key, listener))
 
 
-async def _serve(settings: NodeSettings, store: Store, chain: NetworkChain, served: Served, key: Key) -> None:
+async def _serve(
+    settings: NodeSettings, store: Store, chain: NetworkChain, served: Served, key: Key, listener: socket.socket
+) -> None:
     async with EngineClient(
         settings.engine_url,
         settings.engine_model,
@@ -103,12 +108,11 @@ async def _serve(settings: NodeSettings, store: Store, chain: NetworkChain, serv
         server = _Server(
             uvicorn.Config(
                 create_app(node),
-                host=settings.host,
-                port=settings.port,
                 log_config=None,
                 access_log=False,
                 timeout_graceful_shutdown=int(DRAIN_SECONDS),
-            )
+            ),
+            listener,
         )
         asyncio_loop = asyncio.get_running_loop()
 
@@ -153,8 +157,9 @@ async def _engine_statement(engine: EngineClient, timeout: float, max_context: i
 class _Server(uvicorn.Server):
     """uvicorn, ended by us: running requests are finished as cancelled and receipted before connections close."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
         super().__init__(config)
+        self._listener = listener
         self._ended = asyncio.Event()
 
     @contextlib.contextmanager
@@ -168,7 +173,7 @@ class _Server(uvicorn.Server):
 
     async def serve_until_end(self, node: Node) -> None:
         """Serve until `end`; then drain the node and close."""
-        serving = asyncio.ensure_future(self.serve())
+        serving = asyncio.ensure_future(self.serve(sockets=[self._listener]))
         ended = asyncio.ensure_future(self._ended.wait())
         await asyncio.wait({serving, ended}, return_when=asyncio.FIRST_COMPLETED)
         await node.executor.drain(DRAIN_SECONDS)
