@@ -32,7 +32,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where the table goes")
     parser.add_argument("--only", nargs="*", default=[], help="names of benchmarks to run (default: all)")
     options = parser.parse_args()
-    console, rows = Console(), []
+    # Where nobody watches, the table keeps its width.
+    console, rows = Console(width=None if sys.stdout.isatty() else 180), []
 
     def say(line: str) -> None:
         console.print(f"  {line}", highlight=False)
