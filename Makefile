@@ -2,6 +2,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
 VENV := .venv/bin
 PYTEST := $(VENV)/python -m pytest
+# Tests that compute: in as many processes as there are cores, grouped by tests/conftest.py. The others mostly wait for
+# processes and clocks of their own, and run one after the other.
+COMPUTING := tests/unit tests/contracts tests/attack
+SPREAD := -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: help setup demo up down test test-fast lint bench ape ape-setup lock clean
 
@@ -20,11 +24,15 @@ up: setup ## the demo's network, kept running
 down: setup ## stop what `make up` started
 	@$(VENV)/poip down
 
-test: lint ## lint, then every test, the real engine included
-	@$(PYTEST)
+test: setup ## lint and every test, the real engine included; all of it runs, and any failure fails
+	@status=0; \
+	$(VENV)/python -m build_tools.lint || status=$$?; \
+	OMP_NUM_THREADS=1 $(PYTEST) $(SPREAD) $(COMPUTING) || status=$$?; \
+	$(PYTEST) $(COMPUTING:%=--ignore=%) || status=$$?; \
+	exit $$status
 
 test-fast: setup ## unit, contract and attack tests: what needs neither processes nor patience
-	@$(PYTEST) tests/unit tests/contracts tests/attack -m "not engine and not slow"
+	@OMP_NUM_THREADS=1 $(PYTEST) $(SPREAD) $(COMPUTING) -m "not engine and not slow"
 
 lint: setup ## ruff, mypy and the lint of the contracts
 	@$(VENV)/python -m build_tools.lint

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from vllm.sampling_params import SamplingParams
-from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
-from poip_chain.service.engine import plugin
-from poip_chain.service.engine.plugin import PoipLogitsProcessor
 from poip_chain.spec import sampler
 from poip_chain.spec.transcript import prompt_root
 
+if TYPE_CHECKING:
+    import torch
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
+
+    from poip_chain.service.engine import plugin
+    from poip_chain.service.engine.plugin import PoipLogitsProcessor
+
 # Importing vLLM alone takes longer than ten seconds.
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def engine_libraries() -> None:
+    """The imports, when the first test runs: whoever only collects this file, as each process does, is spared them."""
+    global torch, SamplingParams, BatchUpdate, MoveDirectionality, plugin, PoipLogitsProcessor
+    import torch
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
+
+    from poip_chain.service.engine import plugin
+    from poip_chain.service.engine.plugin import PoipLogitsProcessor
+
 
 VOCABULARY = 500
 PROMPT = list(range(40))
