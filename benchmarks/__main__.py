@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import chain_gas, crypto, devnet, engine, verification
+from benchmarks import canonical, chain_gas, crypto, devnet, engine, referee, verification
 from benchmarks.rows import Row
 from poip_chain.service.engine.model import prepare_default
 
@@ -41,8 +41,10 @@ def main() -> int:
     suites: dict[str, Callable[[], list[Row]]] = {
         "crypto": crypto.run,
         "gas": chain_gas.run,
+        "referee": referee.run,
         "devnet": devnet.run,
         "engine": lambda: engine.run(options.model, say),
+        "canonical": lambda: canonical.run(options.model),
         "verification": lambda: verification.run(options.model),
     }
     unknown = sorted(set(options.only) - set(suites))
