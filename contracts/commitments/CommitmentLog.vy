@@ -20,8 +20,8 @@
         - Callers pass whole batches, checked against 240 bits of their hash: after a reorg, a transaction meant for
           another batch under the same id reverts.
         - A judge that is removed can still close its cases, so removal never leaves a batch pending for good.
-@custom:kill There is no kill switch. To stop new batches, deprecate the models in the model registry; finality,
-        convictions and payouts of what was committed go on. To stop a faulty judge, `set_judge(judge, False)`.
+@custom:kill There is no kill switch. To stop new batches, deprecate the models in the model registry: none is taken
+        once challenge_window has passed since the sunset. Finality, convictions and payouts of what was committed go on. To stop a faulty judge, `set_judge(judge, False)`.
 """
 
 from snekmate.auth import ownable
@@ -164,7 +164,7 @@ def commit(
     """
     @notice Commit to the receipts first_seq .. first_seq + count - 1 of the node whose current node key is the sender.
             Locks stake by value at risk until the batch is final.
-    @param model_id The model of all the batch's receipts.
+    @param model_id The model of all the batch's receipts; at most challenge_window past its sunset.
     @param profile_version The profile that their requests name.
     @param root Merkle root over the receipts' struct hashes in order of seq.
     @param first_seq The node's next seq.
@@ -183,9 +183,12 @@ def commit(
     assert staticcall INodeRegistry(registry).signing_key(node, first_seq) == msg.sender, "log: not the current key"
     assert count != 0 and convert(count, uint256) <= MAX_BATCH, "log: count out of range"
     assert root != empty(bytes32), "log: empty root"
-    assert staticcall IModelRegistry(models).is_servable(model_id, profile_version), "log: model is not servable"
-
     terms: IParameters.BatchTerms = staticcall IParameters(parameters).batch_terms()
+    # seq has no gaps: without the grace, receipts signed before the sunset would block all of the node's later batches.
+    assert staticcall IModelRegistry(models).served_within(model_id, profile_version, terms.challenge_window), (
+        "log: model is not servable"
+    )
+
     node_cum += convert(total_fee, uint256)
     batch: objects.Batch = objects.Batch(
         id=batches._new_id(),

@@ -158,8 +158,11 @@ def _place_fault(receipt: objects.Receipt, batch: objects.Batch, index: uint256)
     batch_cum: uint256 = convert(batch.node_cum, uint256)
     if index + 1 == convert(batch.count, uint256) and node_cum != batch_cum:
         return BATCH_TOTAL
-    # Where the batch starts: node_cum - fee of its first receipt is the batch's node_cum - total_fee.
-    if index == 0 and node_cum + convert(batch.total_fee, uint256) != batch_cum + convert(receipt.fee, uint256):
+    # Every receipt's interval of the running total, from node_cum - fee to node_cum, lies within the batch's, from
+    # node_cum - total_fee to node_cum; the first receipt's starts where the batch's does.
+    start: uint256 = node_cum + convert(batch.total_fee, uint256)
+    batch_start: uint256 = batch_cum + convert(receipt.fee, uint256)
+    if node_cum > batch_cum or start < batch_start or (index == 0 and start != batch_start):
         return BATCH_TOTAL
     return NO_FAULT
 

@@ -127,7 +127,8 @@ def add_profile(model_id: bytes32, new_profile: IModelRegistry.Profile) -> uint3
 @external
 def deprecate(model_id: bytes32, sunset: uint64):
     """
-    @notice Let a model take no new batches from `sunset` on; a later call moves a sunset. Owner only.
+    @notice End a model's service at `sunset`: no new offers from then on, and batches only for the grace that the
+            commitment log gives for what was signed before. A later call moves a sunset. Owner only.
     @param sunset Unix seconds, not in the past.
     """
     ownable._check_owner()
@@ -143,14 +144,18 @@ def deprecate(model_id: bytes32, sunset: uint64):
 @view
 def is_servable(model_id: bytes32, profile_version: uint32) -> bool:
     """
-    @notice Whether new batches may name this model and profile: both exist and no sunset has passed.
+    @notice Whether new offers and requests may name this model and profile: both exist and no sunset has passed.
     """
-    state: uint256 = self._state[model_id]
-    sunset: uint256 = state & SUNSET_MASK
-    number: uint256 = convert(profile_version, uint256)
-    if number == 0 or number > (state >> COUNT_SHIFT) & COUNT_MASK:
-        return False
-    return sunset == 0 or block.timestamp < sunset
+    return self._served_within(model_id, profile_version, 0)
+
+
+@external
+@view
+def served_within(model_id: bytes32, profile_version: uint32, grace: uint256) -> bool:
+    """
+    @notice Whether the model and profile are servable now, or were less than `grace` seconds ago.
+    """
+    return self._served_within(model_id, profile_version, grace)
 
 
 @external
@@ -220,6 +225,17 @@ def deprecated_at(model_id: bytes32) -> uint64:
     @notice The model's sunset in Unix seconds, or 0 if none is set.
     """
     return convert(self._state[model_id] & SUNSET_MASK, uint64)
+
+
+@internal
+@view
+def _served_within(model_id: bytes32, profile_version: uint32, grace: uint256) -> bool:
+    state: uint256 = self._state[model_id]
+    sunset: uint256 = state & SUNSET_MASK
+    number: uint256 = convert(profile_version, uint256)
+    if number == 0 or number > (state >> COUNT_SHIFT) & COUNT_MASK:
+        return False
+    return sunset == 0 or block.timestamp < sunset or block.timestamp - sunset < grace
 
 
 @internal

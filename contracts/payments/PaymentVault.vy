@@ -13,6 +13,8 @@
 @custom:security
         - `settled` per (payer, node) only grows, and only the interval above it is ever paid: nothing is paid twice,
           whoever signs, however vouchers and batches are combined. A payer never loses more than it signed.
+        - No batch pays more than the total of fees that its stake lock was computed from, so a node that states less
+          than its receipts come to is paid less.
         - Balances are counted inside (`total_held`); tokens sent here by mistake change nothing and can be swept.
         - The vault calls the token, the log and the registry, all fixed at deployment; none of them calls it. State is
           changed before tokens move out, and after they have moved in. Every entry point is nonreentrant.
@@ -79,6 +81,8 @@ treasury_due: public(uint256)
 earned: public(HashMap[address, uint256])
 settled: public(HashMap[address, HashMap[address, uint256]])
 bucket: public(HashMap[uint64, HashMap[address, uint256]])
+# What was ever moved into a batch's buckets, at most the batch's total_fee.
+collected: public(HashMap[uint64, uint256])
 _escrows: HashMap[address, HashMap[address, Escrow]]
 
 
@@ -322,7 +326,8 @@ def collect(
             the payer's escrow to the batch's bucket. Pays the payer's running total from the start of `first`, or from
             where it was paid up to if that is later, to the end of `last`, or to the voucher's point if that is
             earlier. What lies below the start is given up, so collect batches in order. If the escrow holds less, what
-            it holds is taken and the rest can be collected later.
+            it holds is taken and the rest can be collected later. All of a batch's payers together pay at most its
+            total_fee.
     @param voucher The payer's promise. Its last_receipt_hash is zero, names `last`, or names a later receipt.
     @param signature The payer's, 65 bytes.
     @param batch The node's batch, pending or final.
@@ -356,11 +361,15 @@ def collect(
     escrow: Escrow = self._escrows[voucher.payer][batch.node]
     amount: uint256 = min(high - low, escrow.balance)
     assert amount != 0, "vault: escrow is empty"
+    collected: uint256 = self.collected[batch.id] + amount
+    # The stake behind the batch follows its total.
+    assert collected <= convert(batch.total_fee, uint256), "vault: above the batch's total"
 
     self.settled[voucher.payer][batch.node] = low + amount
     self._escrows[voucher.payer][batch.node].balance = escrow.balance - amount
     if escrow.thawing > escrow.balance - amount:
         self._escrows[voucher.payer][batch.node].thawing = escrow.balance - amount
+    self.collected[batch.id] = collected
     self.bucket[batch.id][voucher.payer] += amount
     log Collected(
         batch_id=batch.id,

@@ -149,7 +149,8 @@ def free_stake(node: address) -> uint256:
 @view
 def is_active(node: address) -> bool:
     """
-    @notice Whether `node` may commit batches: registered, not jailed, with at least the minimum stake.
+    @notice Whether `node` may take new requests: in service, not jailed, with at least the minimum stake. What it signed
+            before, it commits as long as it is in service and its free stake covers the lock.
     """
     word: uint256 = self._stakes[node]
     if not self._in_service(word) or self._jailed_until(word) != 0:
@@ -317,11 +318,13 @@ def _pay(account: address, amount: uint256):
 
 @internal
 def _lock(node: address, amount: uint256):
+    """
+    @dev Needs free stake alone. A jail and a minimum stake that rose stop new service, not the commitment of what the
+         node signed before: refusing that would make its signed receipts a fault that it cannot avoid.
+    """
     word: uint256 = self._stakes[node]
     self._check_service(word)
-    assert self._jailed_until(word) == 0, "stakes: node jailed"
     active: uint256 = self._active(word)
-    self._check_minimum(active)
     locked: uint256 = self._locked(word) + amount
     assert locked <= active, "stakes: not enough free stake"
     self._stakes[node] = word + (amount << LOCKED_SHIFT)

@@ -26,8 +26,9 @@ from poip_chain.chain.keys import Key
 from poip_chain.chain.outbox import FeePolicy, Outbox
 from poip_chain.chain.rpc import Call, Chain
 from poip_chain.chain.signing import GWEI
-from poip_chain.errors import ConfigurationError, IntegrityError, PoipError
+from poip_chain.errors import ConfigurationError, IntegrityError, InvalidInput, PoipError
 from poip_chain.spec.eip712 import checked
+from poip_chain.spec.strict_json import parse_json_object
 from poip_chain.spec.types import Address
 
 SCHEMA = 1
@@ -354,10 +355,10 @@ def _read(path: Path) -> Deployment | None:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ConfigurationError(f"{path} is too large for a deployment file.")
-        body = json.loads(path.read_text())
+        body = parse_json_object(path.read_text())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, InvalidInput) as error:
         raise ConfigurationError(f"{path} is not a readable deployment file: {error}.") from error
     with _damaged(path):
         if body["schema"] != SCHEMA:

@@ -21,6 +21,7 @@ from web3.contract import Contract
 from web3.datastructures import AttributeDict
 from web3.types import LogReceipt
 
+from poip_chain.chain.private_files import prepare_private
 from poip_chain.chain.rpc import Block, Chain
 from poip_chain.errors import ConfigurationError, IntegrityError, NotFound
 from poip_chain.spec.types import Address, Hash32
@@ -107,7 +108,7 @@ class Follower:
         self._outstanding: list[Change] = []
         self._scanned: tuple[int, str] | None = None
         self._packed: dict[tuple[int, int], str] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        prepare_private(path)
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=30.0)
         self._db.row_factory = sqlite3.Row
         self._db.execute("PRAGMA journal_mode=WAL")

@@ -18,6 +18,7 @@ from eth_utils.exceptions import ValidationError
 
 from poip_chain.errors import ConfigurationError, InvalidInput, NotFound, Refused
 from poip_chain.spec.eip712 import SECP256K1_N
+from poip_chain.spec.strict_json import parse_json_object
 from poip_chain.spec.types import Address
 
 PasswordSource = Callable[[Path], str]
@@ -216,11 +217,8 @@ def _read(path: Path, *, check_mode: bool = True) -> dict[str, Any]:
             _check_mode(path)
         if path.stat().st_size > MAX_KEY_FILE_BYTES:
             raise ConfigurationError(f"{path} is too large for a key file.")
-        body = json.loads(path.read_text())
+        return parse_json_object(path.read_text())
     except FileNotFoundError as error:
         raise NotFound(f"there is no key file {path}.", hint="`poip key new` makes one.") from error
-    except ValueError as error:
-        raise ConfigurationError(f"{path} is not JSON.") from error
-    if not isinstance(body, dict):
-        raise ConfigurationError(f"{path} is not a keystore v3 file.")
-    return body
+    except (ValueError, InvalidInput) as error:
+        raise ConfigurationError(f"{path} is not a keystore v3 file: {error}") from error

@@ -16,6 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from poip_chain.chain.private_files import PRIVATE_DIRECTORY, prepare_private
 from poip_chain.chain.rpc import Call
 from poip_chain.errors import ConfigurationError, IntegrityError, NotFound, Refused
 from poip_chain.spec.types import Address, Hash32
@@ -124,7 +125,7 @@ class OutboxStore:
     """
 
     def __init__(self, path: Path, owner: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=PRIVATE_DIRECTORY, parents=True, exist_ok=True)
         self._path = path
         self._lock_file = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -136,6 +137,7 @@ class OutboxStore:
                 hint="One key has one sender: stop the other process, or use another key.",
             ) from error
         try:
+            prepare_private(path)
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA journal_mode=WAL")

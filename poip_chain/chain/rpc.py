@@ -6,7 +6,6 @@ Nothing here signs or knows the protocol. A `Chain` may be shared by the threads
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import threading
 from collections.abc import Iterator
@@ -32,9 +31,10 @@ from web3.exceptions import (
 )
 from web3.middleware import AttributeDictMiddleware
 from web3.providers import HTTPProvider
-from web3.types import BlockData, BlockIdentifier, FilterParams, LogReceipt, RPCEndpoint, TxParams
+from web3.types import BlockData, BlockIdentifier, FilterParams, LogReceipt, RPCEndpoint, RPCResponse, TxParams
 
-from poip_chain.errors import ConfigurationError, IntegrityError, NotFound, TransactionFailed, Unavailable
+from poip_chain.errors import ConfigurationError, IntegrityError, InvalidInput, NotFound, TransactionFailed, Unavailable
+from poip_chain.spec.strict_json import parse_json_object
 from poip_chain.spec.types import Address, Hash32
 
 if TYPE_CHECKING:
@@ -324,7 +324,11 @@ class _BoundedProvider(HTTPProvider):
         if client is not None:
             client.close()
 
-    def _make_request(self, method: RPCEndpoint, request_data: bytes) -> bytes:
+    def make_request(self, method: RPCEndpoint, params: Any) -> RPCResponse:
+        """One call. Raises Unavailable if the endpoint is away or what it sends is no answer."""
+        return cast(RPCResponse, self._post(self.encode_rpc_request(method, params)))
+
+    def _post(self, request_data: bytes) -> dict[str, Any]:
         with self._lock:
             if self._client is None:
                 # A proxy that the environment names is for the outside world, not for a node on this machine.
@@ -347,9 +351,7 @@ class _BoundedProvider(HTTPProvider):
                 hint="Is the chain running? `poip devnet` starts a local one; --rpc names another.",
             ) from error
         try:
-            answer = json.loads(body)
-        except ValueError as error:
-            raise Unavailable(f"{self._url} (HTTP {response.status_code}) does not speak JSON-RPC.") from error
-        if not isinstance(answer, dict | list):
-            raise Unavailable(f"{self._url} (HTTP {response.status_code}) does not speak JSON-RPC.")
-        return bytes(body)
+            # Parsed here and once: web3's own parser takes any depth, which ends the process.
+            return parse_json_object(bytes(body))
+        except InvalidInput as error:
+            raise Unavailable(f"{self._url} (HTTP {response.status_code}) does not speak JSON-RPC: {error}") from error

@@ -25,6 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from poip_chain.errors import IntegrityError, InvalidInput, NotFound
 from poip_chain.service.engine.model import chat_template, tokenizer_hash
 from poip_chain.spec.objects import ModelSpec
+from poip_chain.spec.strict_json import parse_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -268,7 +269,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise IntegrityError(f"{path} is larger than {MAX_FILE_BYTES} bytes.")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        data = parse_json(path.read_bytes())
+    except InvalidInput as error:
         raise IntegrityError(f"{path} is not JSON: {error}") from error
     return cast("dict[str, Any]", data) if isinstance(data, dict) else {}

@@ -19,6 +19,7 @@ from poip_chain.economic.clients.log import BEACON_TARGET_DISTANCE
 from poip_chain.economic.network import Network
 from poip_chain.errors import InsufficientFunds, Refused, TransactionFailed
 from poip_chain.proof.audit import Finding, digest, write_proposal
+from poip_chain.proof.cases import LossLimit, possible_loss
 from poip_chain.proof.publication import Chunk
 from poip_chain.proof.report import Report
 from poip_chain.proof.settings import Mode, WatchtowerSettings
@@ -122,39 +123,61 @@ class Actions:
 
     # challenges
 
-    def challenge(self, row: BatchRow, audit: AuditRow, chunk: Chunk, reason: str, report: Report) -> None:
-        """Challenge a chunk of a selected receipt's record, within the budget."""
+    def challenge(
+        self, row: BatchRow, audit: AuditRow, chunk: Chunk, reason: str, now: int, report: Report
+    ) -> str | None:
+        """Challenge a chunk of a selected receipt's record, within the budgets. `now` is chain time.
+
+        Why it is not challenged, where a limit of ours is the reason; None if it is, or a later round tries again.
+        """
         draws = audit_selection(row.beacon or bytes(32), row.batch.id, row.batch.count, row.batch.audit_rate_ppm)
         call = self._network.availability.challenge(row.batch, draws.index(audit.position), *chunk)
         key = f"{CHALLENGE}:{row.batch.id}:{audit.position}:{int(chunk[0])}:{chunk[1]}:{digest(call)}"
         where = {"node": row.batch.node, "batch": row.batch.id, "position": audit.position}
         if self._outbox is None:
             self.found(row.batch, Finding(key, CHALLENGE, call, {**where, "reason": reason}), report)
-            return
-        bond = self._network.parameters.value_at("availability_bond", row.batch.parameters_version)
+            return None
+        # As the contract takes it: today's, not that of the batch's revision.
+        bond = self._network.parameters.value("availability_bond")
         known = self._store.challenges(audit.batch_id, audit.position, standing=True)
         ours = [challenge for challenge in known if challenge.chunk == chunk]
         if any(c.sent_key is not None and self._outbox.known(c.sent_key) for c in ours):
-            return  # under way since a round that was cut short
-        if not ours and self._store.bonds_standing() + bond > self._settings.bond_budget:
-            log.warning("bond budget exhausted", bond=str(bond), **where)
-            report.add("over_budget")
-            return
+            return None  # under way since a round that was cut short
+        loss = LossLimit(row.batch.node, self._settings.losable(), now - self._settings.loss_period)
+        if not ours:
+            refused = self._over_a_limit(row.batch.id, audit.position, bond, loss, report)
+            if refused is not None:
+                log.warning(refused, bond=str(bond), **where)
+                return refused
         ready = [self._beacon_submitted(row.batch), self._approved(bond)]
         if not all(ready):
-            return
+            return None
         place = (row.batch.id, audit.position, chunk)
         # A challenge that reverted for a passing reason may be sent anew: each try has its own key.
         key = f"{key}:{audit.attempts}"
-        if not self._store.reserve_bond(*place, bond, self._settings.bond_budget, key):
-            return
+        if not self._store.reserve_bond(*place, bond, self._settings.bond_budget, key, loss=loss):
+            return None
         if not self._send(call, key):
             # Somebody else's challenge of the same leaves serves as well as ours; anything else is tried again.
             self._store.release_bond(*place)
-            return
+            return None
         log.warning("challenged", reason=reason, **where)
         self._store.move_audit(row.batch.id, audit.position, AuditState.FETCH, AuditState.CHALLENGED)
         report.add("challenged")
+        return None
+
+    def _over_a_limit(self, batch_id: int, position: int, bond: int, loss: LossLimit, report: Report) -> str | None:
+        """What keeps a new challenge from being filed, None if nothing does."""
+        if self._store.bonds_standing() + bond > self._settings.bond_budget:
+            report.add("over_budget")
+            return "not challenged: bond budget exhausted"
+        if self._store.losses(loss.node, loss.since) + possible_loss(bond) > loss.amount:
+            report.add("over_loss_budget")
+            return f"not challenged: loss budget of node {loss.node} used"
+        if not self._store.may_ask(batch_id, position):
+            report.add("not_sampled")
+            return f"not challenged: not in the sample of what node {loss.node} withholds in this batch"
+        return None
 
     def target_block(self, batch: Batch) -> int:
         """The block whose mixHash is the batch's beacon, unless the contract says otherwise."""

@@ -18,7 +18,7 @@ from eth_hash.auto import keccak
 from poip_chain.chain.rpc import Call
 from poip_chain.economic.network import Network
 from poip_chain.economic.types import Evidence as ReceiptEvidence
-from poip_chain.errors import InvalidSignature, NotFound
+from poip_chain.errors import InvalidSignature, NotFound, Unavailable
 from poip_chain.proof.evidence import Evidence
 from poip_chain.proof.fetch import Record
 from poip_chain.proof.publication import Answer
@@ -125,9 +125,12 @@ class Auditor:
             self._profiles[key] = self._network.models.profile(*key)
         return self._profiles[key]
 
-    def audit(self, fetched: Sequence[tuple[ReceiptEvidence, Record]]) -> list[Outcome]:
-        """Outcomes for records with their places in batches, in order. Answers of one profile share forwards."""
-        outcomes: dict[int, Outcome] = {}
+    def audit(self, fetched: Sequence[tuple[ReceiptEvidence, Record]]) -> list[Outcome | Unavailable]:
+        """Outcomes for records with their places in batches, in order. Answers of one profile share forwards.
+
+        Unavailable, as a value, where what re-executes was away: that says nothing of the answer, nor of the others.
+        """
+        outcomes: dict[int, Outcome | Unavailable] = {}
         to_execute: dict[tuple[bytes, int], list[int]] = {}
         for i, (place, record) in enumerate(fetched):
             batch = committed_in(place)
@@ -142,7 +145,11 @@ class Auditor:
                 to_execute.setdefault((batch.model_id, batch.profile_version), []).append(i)
         for (model_id, _), indices in to_execute.items():
             profile = self.profile(committed_in(fetched[indices[0]][0]))
-            judgements = judge([fetched[i][1] for i in indices], profile, self._sources[model_id])
+            try:
+                judgements = judge([fetched[i][1] for i in indices], profile, self._sources[model_id])
+            except Unavailable as error:
+                outcomes |= dict.fromkeys(indices, error)
+                continue
             for i, judgement in zip(indices, judgements, strict=True):
                 outcomes[i] = _executed(fetched[i][0], judgement)
         return [outcomes[i] for i in range(len(fetched))]

@@ -1,12 +1,16 @@
 """What the watchtower has at stake or under way on chain: challenges with their bonds, answers to them, filings.
 
-A bond is reserved before its transaction is sent, so the budget holds over a kill in between. A filing carries its
-transaction from the moment it is found, so whatever happens, a later round sends it. Knows nothing of the chain.
+A bond is reserved before its transaction is sent, so the budgets hold over a kill in between. What challenges cost is
+not booked apart but read from the challenges themselves, so it follows the chain through a reorganisation. A filing
+carries its transaction from the moment it is found, so whatever happens, a later round sends it. Knows nothing of the
+chain.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import secrets
 import sqlite3
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,6 +23,29 @@ from poip_chain.spec.objects import Part
 from poip_chain.spec.types import Address
 
 STANDING = "('reserved','open')"
+ASKED_FREELY = 2
+"""Receipts of one batch that are challenged as they come up; of the others that are withheld, a sample."""
+SAMPLE_DIVISOR = 4
+"""The sample: this part of a batch's withheld receipts, rounded up, beside ASKED_FREELY."""
+SAMPLE_SECRET = "sample_secret"
+
+
+def possible_loss(bond: int) -> int:
+    """What an answer costs its challenger, wei: the share of the bond that Availability.answer credits to the node."""
+    return bond // 4
+
+
+@dataclass(frozen=True, slots=True)
+class LossLimit:
+    """At most `amount` (wei) for answers of one node to challenges that stand or whose deadline is not before `since`.
+
+    A deadline is never before its answer, so no more than `amount` is lost in any period as long as the one from
+    `since` to the clock.
+    """
+
+    node: Address
+    amount: int
+    since: int
 
 
 class FilingState(StrEnum):
@@ -96,12 +123,20 @@ class CaseStore(Database):
     # challenges and bonds
 
     def reserve_bond(
-        self, batch_id: int, position: int, chunk: Chunk, bond: int, budget: int, sent_key: str | None = None
+        self,
+        batch_id: int,
+        position: int,
+        chunk: Chunk,
+        bond: int,
+        budget: int,
+        sent_key: str | None = None,
+        *,
+        loss: LossLimit,
     ) -> bool:
-        """Reserve `bond` for a challenge unless the bonds that stand would exceed `budget`.
+        """Reserve `bond` for a challenge unless the bonds that stand would exceed `budget`, or the answers `loss`.
 
-        True if it is reserved, now or by an earlier call; False for want of budget, or if the chunk is challenged
-        already.
+        True if it is reserved, now or by an earlier call; False for want of either budget, or if the chunk is
+        challenged already. `loss.node` is the batch's node, and the batch is known.
         """
         with self._transaction() as db:
             key = (batch_id, position, _chunk_text(chunk))
@@ -117,6 +152,8 @@ class CaseStore(Database):
                 return True
             if self._standing(db) + bond > budget:
                 return False
+            if self._at_risk(db, loss.node, loss.since) + possible_loss(bond) > loss.amount:
+                return False
             db.execute("INSERT INTO challenges VALUES(?,?,?,NULL,?,'reserved',NULL,?)", (*key, str(bond), sent_key))
             return True
 
@@ -129,6 +166,58 @@ class CaseStore(Database):
         """What is reserved or posted in bonds, wei."""
         with self._lock:
             return self._standing(self._db)
+
+    @staticmethod
+    def _at_risk(db: sqlite3.Connection, node: Address, since: int) -> int:
+        rows = db.execute(
+            "SELECT bond FROM challenges JOIN batches ON batches.id=batch_id WHERE node=? AND bond<>'0'"
+            f" AND (challenges.state IN {STANDING} OR (challenges.state='answered' AND deadline>=?))",
+            (node, since),
+        ).fetchall()
+        return sum(possible_loss(int(row["bond"])) for row in rows)
+
+    def losses(self, node: Address, since: int) -> int:
+        """What answers of `node` took, or still may take, of bonds of ours, wei (see LossLimit)."""
+        with self._lock:
+            return self._at_risk(self._db, node, since)
+
+    def losses_by_node(self) -> dict[Address, int]:
+        """What answers took of bonds of ours so far, wei, by node."""
+        taken: dict[Address, int] = {}
+        for row in self._rows(
+            "SELECT node, bond FROM challenges JOIN batches ON batches.id=batch_id"
+            " WHERE challenges.state='answered' AND bond<>'0' ORDER BY batch_id"
+        ):
+            node = Address(row["node"])
+            taken[node] = taken.get(node, 0) + possible_loss(int(row["bond"]))
+        return taken
+
+    def may_ask(self, batch_id: int, position: int) -> bool:
+        """Whether a withheld receipt is challenged: one of the first of its batch, or in the sample of the others.
+
+        One that is not answered for convicts the batch, so more bonds win nothing from a node that stays silent; from
+        one that answers, they only take longer to run out. The sample hangs on a secret that is drawn once, so a
+        node cannot know which receipts it may withhold unasked.
+        """
+        with self._transaction() as db:
+            rows = db.execute(
+                "SELECT DISTINCT position FROM challenges WHERE batch_id=? AND bond<>'0'", (batch_id,)
+            ).fetchall()
+            asked = {row["position"] for row in rows}
+            if position in asked or len(asked) < ASKED_FREELY:
+                return True
+            db.execute("INSERT OR IGNORE INTO notes VALUES(?,?)", (SAMPLE_SECRET, secrets.token_hex(16)))
+            secret = db.execute("SELECT value FROM notes WHERE name=?", (SAMPLE_SECRET,)).fetchone()["value"]
+            rows = db.execute(
+                "SELECT position FROM audits WHERE batch_id=? AND state='fetch' AND attempts>0", (batch_id,)
+            ).fetchall()
+        withheld = asked | {row["position"] for row in rows} | {position}
+
+        def place(other: int) -> bytes:
+            return hashlib.sha256(f"{secret}:{batch_id}:{other}".encode()).digest()
+
+        rank = sum(place(other) < place(position) for other in withheld)
+        return rank < ASKED_FREELY + -(-len(withheld) // SAMPLE_DIVISOR)
 
     def release_bond(self, batch_id: int, position: int, chunk: Chunk) -> None:
         """Drop a reservation whose transaction was never accepted."""

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from poip_chain.chain.private_files import prepare_private
+
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS batches(
     id INTEGER PRIMARY KEY, node TEXT NOT NULL, batch TEXT NOT NULL, status TEXT NOT NULL, state TEXT NOT NULL,
@@ -56,7 +58,7 @@ class Database:
     """One connection, safe to use from several threads of one process; other processes may have the file open, too."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        prepare_private(path)
         self._lock = threading.RLock()
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=LOCK_SECONDS)
         self._db.row_factory = sqlite3.Row

@@ -7,7 +7,7 @@ This module knows nothing of receipts, verdicts or the chain.
 
 from __future__ import annotations
 
-import json
+import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,16 @@ import numpy.typing as npt
 
 from poip_chain.errors import InvalidInput, Unavailable
 from poip_chain.service.engine.noise import quantise_array
+from poip_chain.spec.strict_json import parse_json_object
 
 MAX_BATCH_TOKENS = 2048
 """Tokens in one padded forward: bounds the memory of a re-execution, about 1 MB a token at 135M parameters."""
 VLLM_PROMPT_LOGPROBS = 16
 """What service/engine/server.py lets a request ask for."""
+MAX_ANSWER_BYTES = 256 * 2**20
+"""The listed logprobs of 100,000 tokens take about half of it."""
+MAX_LOGPROB = 1e-3
+"""A logprob is not positive; servers round."""
 ServedRow = dict[str, dict[str, Any]]
 
 
@@ -98,7 +103,8 @@ class TorchSource:
 
 
 class EngineSource:
-    """A vLLM server as a first-stage verifier: it serves the top logprobs of every prompt position."""
+    """A vLLM server as a first-stage verifier: it serves the top logprobs of every prompt position. `timeout` seconds
+    bound each question as a whole. Not to be called from inside an event loop."""
 
     def __init__(self, url: str, timeout: float = 120.0) -> None:
         self.name = "vLLM prompt_logprobs"
@@ -110,8 +116,7 @@ class EngineSource:
         for i, answer in enumerate(answers):
             served = self._prompt_logprobs([*answer.prompt_ids, *answer.output_ids])
             for position, token in enumerate(answer.output_ids):
-                entry = served[len(answer.prompt_ids) + position]
-                listed = {int(key): float(value["logprob"]) for key, value in entry.items()}
+                listed = self._listed(served[len(answer.prompt_ids) + position])
                 if token not in listed:
                     raise Unavailable(f"{self._url} served no logprob for a token of the prompt.")
                 ids = np.array(sorted(listed), dtype=np.int64)
@@ -127,12 +132,10 @@ class EngineSource:
             "prompt_logprobs": VLLM_PROMPT_LOGPROBS,
         }
         try:
-            reply = httpx.post(f"{self._url}/v1/completions", json=body, timeout=self._timeout)
-            reply.raise_for_status()
-            served: Any = reply.json()["choices"][0]["prompt_logprobs"]
-        except (httpx.HTTPError, json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+            served: Any = self._ask("POST", "/v1/completions", body)["choices"][0]["prompt_logprobs"]
+        except (KeyError, IndexError, TypeError) as error:
             raise Unavailable(
-                f"the engine at {self._url} did not re-execute: {error!r}.",
+                f"the engine at {self._url} did not re-execute: {error!r:.300}.",
                 hint="Start it with --max-logprobs 16 or more.",
             ) from error
         if not isinstance(served, list) or len(served) != len(ids):
@@ -143,12 +146,44 @@ class EngineSource:
         """The name under which the server knows its one model; asked once."""
         if not self._model_name:
             try:
-                reply = httpx.get(f"{self._url}/v1/models", timeout=self._timeout)
-                reply.raise_for_status()
-                self._model_name = str(reply.json()["data"][0]["id"])
-            except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
-                raise Unavailable(f"the engine at {self._url} does not name its model: {error!r}.") from error
+                self._model_name = str(self._ask("GET", "/v1/models", None)["data"][0]["id"])
+            except (KeyError, IndexError, TypeError) as error:
+                raise Unavailable(f"the engine at {self._url} does not name its model: {error!r:.300}.") from error
         return self._model_name
+
+    def _listed(self, entry: Any) -> dict[int, float]:
+        """One position's logprobs by token id. Nonsense is no verdict on the answer: the engine is at fault then."""
+        try:
+            listed = {int(key): float(value["logprob"]) for key, value in entry.items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise Unavailable(f"{self._url} served no logprobs for a token of the prompt.") from error
+        if any(not 0 <= token < 2**32 or not value <= MAX_LOGPROB for token, value in listed.items()):
+            raise Unavailable(f"{self._url} served numbers that are no logprobs.")
+        return listed
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        try:
+            return parse_json_object(asyncio.run(self._exchange(method, path, body)))
+        except TimeoutError as error:
+            raise Unavailable(f"the engine at {self._url} did not answer within {self._timeout:g} s.") from error
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, InvalidInput) as error:
+            raise Unavailable(f"the engine at {self._url} does not answer properly: {error!r:.300}.") from error
+
+    async def _exchange(self, method: str, path: str, body: dict[str, Any] | None) -> bytes:
+        # A proxy that the environment names is for the outside world, not for an engine on this machine.
+        trust = self._url.startswith("https://")
+        data = bytearray()
+        async with (
+            asyncio.timeout(self._timeout),
+            httpx.AsyncClient(timeout=self._timeout, trust_env=trust) as client,
+            client.stream(method, self._url + path, json=body) as reply,
+        ):
+            reply.raise_for_status()
+            async for chunk in reply.aiter_bytes():
+                data += chunk
+                if len(data) > MAX_ANSWER_BYTES:
+                    raise Unavailable(f"the engine at {self._url} answers more than {MAX_ANSWER_BYTES} bytes.")
+        return bytes(data)
 
 
 def _groups(answers: Sequence[Answer]) -> Iterator[list[int]]:

@@ -28,7 +28,7 @@ class Mode(StrEnum):
     PROPOSE = "propose"
     """Also write each transaction that it would send as a file for a person to send; send nothing."""
     DEFEND = "defend"
-    """Send them, within the bond budget."""
+    """Send them, within the bond budget and each node's loss budget."""
 
 
 class WatchtowerPlace(BaseModel):
@@ -51,6 +51,13 @@ class WatchtowerSettings(BaseModel):
     password_file: Path | None = None
     mode: Mode = Mode.WATCH
     bond_budget: int = Field(0, ge=0, description="most that may stand in bonds at one time, wei")
+    loss_budget: int | None = Field(
+        None,
+        ge=0,
+        description="most that answers of one node may take of bonds within loss_period, wei; a quarter of bond_budget"
+        " if it is not set: what is taken if all of it stands against one node and is answered once",
+    )
+    loss_period: int = Field(86_400, ge=1, description="seconds after which a challenge's cost no longer counts")
     models: list[Path] = Field(default_factory=list, description="prepared model directories to re-execute with")
     engine_urls: dict[str, str] = Field(
         default_factory=dict,
@@ -65,6 +72,10 @@ class WatchtowerSettings(BaseModel):
     audits_per_round: int = Field(64, ge=1, description="receipts fetched and re-executed in one round at most")
     torch_threads: int = Field(1, ge=1)
     metrics_port: int | None = Field(None, ge=1, le=65535, description="Prometheus metrics on this port of 127.0.0.1")
+
+    def losable(self) -> int:
+        """The loss budget of each node, wei."""
+        return self.bond_budget // 4 if self.loss_budget is None else self.loss_budget
 
     @field_validator("deployment", "data", "key", "password_file")
     @classmethod

@@ -33,6 +33,8 @@ __all__ = [
 ]
 
 DATABASE = "watchtower.db"
+NOTE = "not_challenged"
+"""Where an audit's detail says why a withheld record is not challenged."""
 FORGOTTEN_WITH_BATCH = (("batches", "id"), ("audits", "batch_id"), ("challenges", "batch_id"), ("answers", "batch_id"))
 MAX_CONTRADICTIONS = 8
 """Pairs that one receipt is compared in: a node that signs more contradicting receipts is convicted by the first."""
@@ -251,12 +253,20 @@ class WatchtowerStore(CaseStore):
                 (AuditState.DONE, verdict, json.dumps(detail), str(evidence) if evidence else None, batch_id, position),
             )
 
-    def delay_audit(self, batch_id: int, position: int, until: float) -> None:
-        """Count a failed attempt and try again after `until` (chain time, Unix seconds)."""
+    def delay_audit(self, batch_id: int, position: int, until: float, *, failed: bool = True) -> None:
+        """Try again after `until` (chain time, Unix seconds); the node has `failed` once more, or it was not its doing."""
         with self._transaction() as db:
             db.execute(
-                "UPDATE audits SET attempts=attempts+1, next_try=? WHERE batch_id=? AND position=?",
-                (until, batch_id, position),
+                "UPDATE audits SET attempts=attempts+?, next_try=? WHERE batch_id=? AND position=?",
+                (int(failed), until, batch_id, position),
+            )
+
+    def note_audit(self, batch_id: int, position: int, note: str | None) -> None:
+        """Keep with an open audit why nothing is done about it; None: no more."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE audits SET detail=? WHERE batch_id=? AND position=? AND state<>'done'",
+                (json.dumps({} if note is None else {NOTE: note}), batch_id, position),
             )
 
     def move_audit(self, batch_id: int, position: int, before: AuditState, after: AuditState) -> None:

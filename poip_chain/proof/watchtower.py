@@ -29,7 +29,7 @@ from poip_chain.proof.fetch import NodeReader, NodeWithholds, Record, fetch_all
 from poip_chain.proof.publication import Answer, assemble, missing_chunks, published_leaves
 from poip_chain.proof.report import Report
 from poip_chain.proof.settings import WatchtowerSettings
-from poip_chain.proof.store import AuditRow, AuditState, BatchRow, BatchState, WatchtowerStore
+from poip_chain.proof.store import NOTE, AuditRow, AuditState, BatchRow, BatchState, WatchtowerStore
 from poip_chain.spec.objects import Batch, Part, Receipt, audit_indices
 from poip_chain.spec.types import Address, Hash32
 
@@ -283,7 +283,7 @@ class Watchtower:
     def _audit(self, now: int, report: Report) -> None:
         fetched: list[Fetched] = []
         asked: list[tuple[BatchRow, AuditRow]] = []
-        for row, audit in self._due(now):
+        for row, audit in self._due(now, report):
             published = self._published(row, audit, report)
             if isinstance(published, Outcome):
                 self._judged(row.batch, audit.position, published, None, report)
@@ -292,19 +292,20 @@ class Watchtower:
             else:
                 asked.append((row, audit))
         fetched += self._served(asked, now, report)
-        try:
-            outcomes = self._auditor.audit([(place, record) for _, _, place, record in fetched])
-        except Unavailable as error:
-            # The engine that re-executes is away, not the node: nobody is blamed, and the audits come up again.
-            log.warning("cannot re-execute", reason=str(error))
-            report.add("not_executed")
-            return
+        outcomes = self._auditor.audit([(place, record) for _, _, place, record in fetched])
         for (row, audit, place, record), outcome in zip(fetched, outcomes, strict=True):
+            if isinstance(outcome, Unavailable):
+                # What re-executes is away, not the node: nobody is blamed, and the audit comes up again.
+                where = {"batch": row.batch.id, "position": audit.position, "window_end": row.batch.window_end}
+                log.warning("cannot re-execute", **where, reason=str(outcome))
+                self._store.delay_audit(row.batch.id, audit.position, now + RETRY_SECONDS, failed=False)
+                report.add("not_executed")
+                continue
             path = self._settings.data / "evidence" / f"batch-{row.batch.id}-receipt-{audit.position}.json"
             self._auditor.write_evidence(path, place, record, outcome)
             self._judged(row.batch, audit.position, outcome, path, report)
 
-    def _due(self, now: int) -> list[tuple[BatchRow, AuditRow]]:
+    def _due(self, now: int, report: Report) -> list[tuple[BatchRow, AuditRow]]:
         """The audits of this round: each node gets its turn, however many another has."""
         by_node: dict[Address, list[tuple[BatchRow, AuditRow]]] = {}
         rows: dict[int, BatchRow | None] = {}
@@ -315,7 +316,12 @@ class Watchtower:
             if row is None or row.status == "removed":
                 continue
             if row.status != "pending":
-                self._store.finish_audit(audit.batch_id, audit.position, "missed", {"status": row.status})
+                log.warning("not audited in time", batch=audit.batch_id, position=audit.position, status=row.status)
+                verdict = NOTE if NOTE in audit.detail else "missed"
+                self._store.finish_audit(
+                    audit.batch_id, audit.position, verdict, {**audit.detail, "status": row.status}
+                )
+                report.add(verdict if verdict == "missed" else f"verdict_{verdict}")
                 continue
             by_node.setdefault(row.batch.node, []).append((row, audit))
         turns = zip_longest(*by_node.values())
@@ -335,12 +341,16 @@ class Watchtower:
         known = {row.batch.id: self._known_receipts(row.batch.id) for row, _ in asked}
         jobs = [(row.batch.node, self._record_job(row, audit, known, withheld)) for row, audit in asked]
         found: list[Fetched] = []
+        refused: list[tuple[BatchRow, AuditRow, NodeWithholds]] = []
         for (row, audit), record in zip(asked, fetch_all(jobs, seconds), strict=True):
             receipts = known[row.batch.id]
             if isinstance(record, Record) and receipts is not None:
                 found.append((row, audit, receipts.evidence(audit.position), record))
             elif isinstance(record, NodeWithholds):
-                self._not_served(row, audit, now, str(record), report)
+                refused.append((row, audit, record))
+        # The budgets may not do for all: where most is at stake first.
+        for row, audit, withholds in sorted(refused, key=lambda entry: -entry[0].batch.total_fee):
+            self._not_served(row, audit, now, str(withholds), report)
         return found
 
     def _record_job(
@@ -398,9 +408,14 @@ class Watchtower:
             known = self._store.challenges(audit.batch_id, audit.position)
             under_way = {challenge.chunk for challenge in known if challenge.state == "open"}
             # All that is missing at once: a node that answers each as late as it may cannot outlast the window.
+            limits: list[str] = []
             for chunk in missing_chunks(self._store.answers(audit.batch_id, audit.position)):
                 if chunk not in under_way:
-                    self._actions.challenge(row, audit, chunk, reason, report)
+                    limit = self._actions.challenge(row, audit, chunk, reason, now, report)
+                    limits += [] if limit is None else [limit]
+            note = limits[0] if limits else None
+            if note != audit.detail.get(NOTE):
+                self._store.note_audit(audit.batch_id, audit.position, note)
         # Last, so that a kill in between does not put the challenge off.
         self._store.delay_audit(audit.batch_id, audit.position, now + RETRY_SECONDS)
 

@@ -188,6 +188,7 @@ def receipt_fault(
 def place_fault(receipt: Receipt, place: Place) -> Fault | None:
     """The first fault that a committed receipt shows at its place in its batch, without its request."""
     batch, index = place.batch, place.index
+    start, batch_start = receipt.node_cum - receipt.fee, batch.node_cum - batch.total_fee
     rules = [
         (receipt.model_id != batch.model_id, Fault.MODEL),
         (receipt.node != batch.node, Fault.NODE),
@@ -195,7 +196,9 @@ def place_fault(receipt: Receipt, place: Place) -> Fault | None:
         (receipt.fee > min(receipt.node_cum, receipt.payer_cum), Fault.CUMULATIVE),
         (receipt.seq != batch.first_seq + index, Fault.SEQUENCE),
         (index + 1 == batch.count and receipt.node_cum != batch.node_cum, Fault.BATCH_TOTAL),
-        (index == 0 and receipt.node_cum - receipt.fee != batch.node_cum - batch.total_fee, Fault.BATCH_TOTAL),
+        # The receipt's interval of the node's running total lies within the batch's.
+        (receipt.node_cum > batch.node_cum or start < batch_start, Fault.BATCH_TOTAL),
+        (index == 0 and start != batch_start, Fault.BATCH_TOTAL),
     ]
     return next((fault for broken, fault in rules if broken), None)
 

@@ -16,8 +16,10 @@ from poip_chain.errors import InvalidInput
 
 MAX_DEPTH = 64
 """Far deeper than any object of the protocol or of the OpenAI API."""
-_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_ESCAPED = re.compile(rb"\\.", re.DOTALL)
+_QUOTE = ord('"')
+_STRINGS = re.compile(rb'"[^"]*"')
+_NOT_STRUCTURE = bytes(set(range(256)) - set(b'[]{}"'))
 
 
 def parse_json(text: bytes | str) -> Any:
@@ -39,10 +41,17 @@ def parse_json_object(text: bytes | str) -> dict[str, Any]:
 
 
 def _check_depth(raw: bytes) -> None:
+    """Counts what stands outside of strings. Exact up to the first byte that no JSON has there, where the parser stops
+    as well. Without escapes a quote is a boundary wherever it stands, so dropping all else first keeps that; dropping
+    pairs of neighbouring quotes (most strings, by then) does too, and leaves little to search."""
     if raw.count(b"[") + raw.count(b"{") <= MAX_DEPTH:
         return
+    if b"\\" in raw:
+        raw = _ESCAPED.sub(b"", raw)
     depth = 0
-    for bracket in _STRINGS.sub(b"", raw).translate(None, _NOT_BRACKETS):
+    for bracket in _STRINGS.sub(b"", raw.translate(None, _NOT_STRUCTURE).replace(b'""', b"")):
+        if bracket == _QUOTE:
+            return  # a string without an end: the parser will say so
         depth += 1 if bracket in b"[{" else -1
         if depth > MAX_DEPTH:
             raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")

@@ -431,6 +431,28 @@ class TestDemands:
         with boa.reverts("availability: committed already"):
             self.demand(network, server, answer)
 
+    def test_a_rotation_leaves_its_delay_to_use_the_old_keys_receipts(self, network: Network, server: Server) -> None:
+        """The bounds of evidence by signature that docs/security.md states."""
+        kept, voided, same = server.serve(CLIENT), server.serve(CLIENT), server.serve(CLIENT, book=False)
+        late = server.serve(CLIENT)
+        key = account("rotated key")
+        role = system.ProofOfPossession.NODE_KEY
+        proof = system.proof_of_possession(network.registry, server.operator, key, role, system.FOREVER)
+        arguments = (server.node, key.address, voided.receipt.seq, system.FOREVER, proof)
+        network.registry.rotate_node_key(*arguments, sender=server.operator)
+        boa.env.time_travel(seconds=network.value("key_rotation_delay") - 1)
+        demand_id = self.demand(network, server, voided)
+        boa.env.time_travel(seconds=1)
+        for answer in (late, voided):
+            with boa.reverts("availability: not signed by the node's key"):
+                self.demand(network, server, answer)
+        pair = (*server.signed(late.receipt), *server.signed(same.receipt.replace(seq=late.receipt.seq)))
+        with boa.reverts("evidence: not signed by the node's key"):
+            network.offences.prove_equivocation(*pair, sender=CHALLENGER)
+        self.demand(network, server, kept)  # below the new key's first number the old key counts for good
+        boa.env.time_travel(seconds=network.value("response_window"))
+        assert network.availability.resolve_demand(demand_id), "what was demanded in time stays demanded"
+
     def test_a_node_that_withdrew_everything_does_not_block_it(self, network: Network, server: Server) -> None:
         answer = server.serve(CLIENT)
         network.registry.deregister(server.node, sender=server.operator)

@@ -10,6 +10,7 @@ from eth_hash.auto import keccak
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from poip_chain.economic.locks import LockTerms
 from poip_chain.spec.objects import Batch, audit_indices
 from tests.contracts import system
 from tests.contracts.network import CONVICTED, FINAL, PENDING, Network, Server, deploy_network
@@ -66,6 +67,8 @@ class TestCommit:
         terms = [network.value(name) for name in ("audit_rate", "detection_power")]
         divisor = terms[0] * terms[1] * (10**6 - network.value("reward_share"))
         assert batch.lock == -(-total * 10**18 // divisor) > network.value("minimum_lock")
+        _, *rates, _, minimum = network.parameters.batch_terms()
+        assert LockTerms(*rates, minimum).lock(total) == batch.lock, "nodes reckon as the log does"
         # What cheating on the whole batch would gain is less than what it may cost.
         assert batch.lock * terms[0] * terms[1] * (10**6 - network.value("reward_share")) >= total * 10**18
 
@@ -113,6 +116,22 @@ class TestCommit:
         with boa.reverts("log: window is still open"):
             boa.env.time_travel(seconds=2000)
             network.log.finalize([old.values()])
+
+    def test_what_was_signed_before_a_sunset_has_a_window_to_be_committed(
+        self, network: Network, server: Server
+    ) -> None:
+        """seq has no gaps: a receipt that can never be committed would block every later batch of the node."""
+        answers = [server.serve(CLIENT) for _ in range(2)]
+        network.models.deprecate(network.model_id, system.now() + 10, sender=OWNER.address)
+        boa.env.time_travel(seconds=10)
+        assert not network.models.is_servable(network.model_id, 1)
+        server.commit(answers[:1])
+        boa.env.time_travel(seconds=network.value("challenge_window") - 1)
+        server.commit(answers[1:])
+        assert network.log.next_seq(server.node) == 2
+        boa.env.time_travel(seconds=1)
+        with boa.reverts("log: model is not servable"):
+            server.commit([server.serve(CLIENT)])
 
 
 class TestFinality:

@@ -149,6 +149,10 @@ def test_sunset_ends_service_but_deletes_nothing(models: Any) -> None:
     assert models.is_servable(model_id, 1)
     boa.env.time_travel(seconds=1)
     assert not models.is_servable(model_id, 1)
+    assert [models.served_within(model_id, 1, grace) for grace in (0, 1, 2**256 - 1)] == [False, True, True]
+    boa.env.time_travel(seconds=7)
+    assert [models.served_within(model_id, 1, grace) for grace in (7, 8)] == [False, True]
+    assert not models.served_within(model_id, 2, 8) and not models.served_within(b"\1" * 32, 1, 8)
     assert Profile.from_values(models.profile(model_id, 1)) == profile()
     models.deprecate(model_id, now() + 50, sender=OWNER.address)
     (event,) = models.get_logs()

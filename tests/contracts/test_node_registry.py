@@ -392,17 +392,18 @@ def test_lock_and_unlock(staking: Staking, node: Address) -> None:
     assert (registry.node_info(node).locked, registry.free_stake(node)) == (0, 1000 * POIP)
 
 
-def test_lock_needs_minimum_stake_and_no_jail(staking: Staking, node: Address) -> None:
+def test_lock_needs_free_stake_alone_while_in_service(staking: Staking, node: Address) -> None:
     registry, log = staking.registry, staking.log.address
     registry.unbond(node, 900 * POIP + 1, sender=OPERATOR)
     assert not registry.is_active(node)
-    with boa.reverts("stakes: below minimum stake"):
-        registry.lock(node, 1, sender=log)
+    registry.lock(node, 1, sender=log)
     registry.cancel_unbond(node, 0, sender=OPERATOR)
     assert registry.is_active(node)
     registry.slash(node, POIP, STRANGER, 0, REASON, EVIDENCE, sender=staking.slasher)
-    with boa.reverts("stakes: node jailed"):
-        registry.lock(node, 1, sender=log)
+    assert not registry.is_active(node)
+    registry.lock(node, 1, sender=log)
+    with boa.reverts("stakes: not enough free stake"):
+        registry.lock(node, registry.free_stake(node) + 1, sender=log)
     with boa.reverts("stakes: node not in service"):
         registry.lock(STRANGER, 1, sender=log)
 

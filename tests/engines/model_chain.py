@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 from eth_hash.auto import keccak
 
+from poip_chain.economic.locks import LockTerms
 from poip_chain.economic.types import BatchStatus, Offer, ReceiptInBatch
 from poip_chain.errors import NotFound, TransactionFailed, Unavailable
-from poip_chain.service.node.ports import Answered, Asked, Change, Committed, Ended, Escrow, SentState
+from poip_chain.service.node.ports import Answered, Asked, Backing, Change, Committed, Ended, Escrow, SentState
 from poip_chain.service.node.schema import Duty, DutyKind
 from poip_chain.spec.eip712 import Domain
 from poip_chain.spec.merkle import root_from_proof, verify_proof
@@ -30,6 +31,7 @@ REGISTRY = Address("0x3333333333333333333333333333333333333333")
 CHAIN_ID = 31337
 WINDOW = 100
 RATE_PPM = 500_000
+TERMS = LockTerms(audit_rate=RATE_PPM, detection_power=800_000, reward_share=300_000, minimum_lock=10**18)
 
 
 @dataclass
@@ -50,7 +52,9 @@ class State:
     earned: int = 0
     paid_out: int = 0
     challenges: dict[int, Duty] = field(default_factory=dict)
+    stake: int = 10**24
     jailed: bool = False
+    sunset: int = 0
     answered: dict[int, list[bytes]] = field(default_factory=dict)
     demands: dict[int, Duty] = field(default_factory=dict)
 
@@ -173,10 +177,17 @@ class ModelChain:
         self._up()
         return self._profile
 
+    def sunset(self, model_id: bytes) -> int:
+        return self._up().sunset
+
     def escrow(self, payer: Address) -> Escrow:
         state = self._up()
         balance = state.escrow.get(payer, 0)
         return Escrow(balance - state.thawing.get(payer, 0), state.settled.get(payer, 0))
+
+    def backing(self) -> Backing:
+        state = self._up()
+        return Backing(state.next_seq, _free_stake(state), TERMS, tuple(self._offers))
 
     def collectable(self, payer: Address) -> int:
         return self._up().escrow.get(payer, 0)
@@ -232,12 +243,15 @@ class ModelChain:
         def run(state: State) -> list[object]:
             _require(not state.jailed, "stakes: node jailed")
             _require(batch.first_seq == state.next_seq, "log: first_seq is not next")
+            lock = TERMS.lock(batch.total_fee)
+            _require(lock <= _free_stake(state), "stakes: not enough free stake")
             state.node_cum += batch.total_fee
             state.next_seq += batch.count
             number = len(state.batches) + 1
             committed = batch.replace(
                 id=number,
                 node_cum=state.node_cum,
+                lock=lock,
                 audit_rate_ppm=RATE_PPM,
                 block_number=state.number,
                 committed_at=state.time,
@@ -355,6 +369,11 @@ class ModelChain:
             return [Answered(DutyKind.CHALLENGE, duty.id)]
 
         self._send(key, run)
+
+
+def _free_stake(state: State) -> int:
+    pending = (state.batches[i].lock for i, status in state.status.items() if status is BatchStatus.PENDING)
+    return state.stake - sum(pending)
 
 
 def _require(condition: bool, reason: str) -> None:

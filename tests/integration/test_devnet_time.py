@@ -232,6 +232,57 @@ def test_kill_9_while_blocks_are_being_sealed(tmp_path: Path) -> None:
         assert connection.execute("pragma integrity_check").fetchone() == ("ok",)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_kill_9_while_blocks_come_by_the_clock(tmp_path: Path) -> None:
+    """What was seen in a block stays; what only waited is gone, as from any node's pool, and may be sent again."""
+    db = tmp_path / "chain.db"
+    seen: dict[int, bytes] = {}
+    sent: list[str] = []  # by nonce
+    lost = 0
+    for round_number in range(5):
+        node = DevnetProcess(block_time=0.2, db=db)
+        w3 = client(node.url)
+        sender, other = w3.eth.accounts[:2]
+
+        def send(nonce: int, w3: Web3 = w3, sender: str = sender, other: str = other) -> str:
+            fields = {"from": sender, "to": other, "value": 1, "gas": 21_000, "gasPrice": 10**11, "nonce": nonce}
+            return w3.eth.send_transaction(fields).to_0x_hex()  # type: ignore[arg-type]
+
+        assert rpc(w3, "txpool_status") == {"pending": "0x0", "queued": "0x0"}
+        for number, block_hash in seen.items():
+            assert w3.eth.get_block(number)["hash"] == block_hash
+        head = w3.eth.block_number
+        assert head >= max(seen, default=0)
+        for number in range(max(1, head - 30), head + 1):
+            assert w3.eth.get_block(number)["parentHash"] == w3.eth.get_block(number - 1)["hash"]
+        # The state is that of the blocks: each transfer once, and no other.
+        done = w3.eth.get_transaction_count(sender)
+        assert done <= len(sent) and done == w3.eth.get_balance(other) - 10_000 * 10**18
+        for nonce, one in list(enumerate(sent))[max(0, done - 20) :]:
+            receipt = rpc(w3, "eth_getTransactionReceipt", one)
+            assert (receipt is not None) == (nonce < done)
+        lost += len(sent) - done
+        assert [send(nonce) for nonce in range(done, len(sent))] == sent[done:], "the same transactions again"
+        wait_for_block(w3, head + 2)  # blocks go on by themselves
+        for one in sent[done:]:
+            assert w3.eth.wait_for_transaction_receipt(one, poll_latency=0.05)["status"] == 1  # type: ignore[arg-type]
+        killer = threading.Timer(0.3 + 0.17 * round_number, node.kill)
+        killer.start()
+        try:
+            while True:
+                sent.append(send(len(sent)))
+                block = w3.eth.get_block("latest")
+                seen[block["number"]] = block["hash"]
+        except (OSError, ValueError):
+            pass  # the connection broke: it was killed
+        killer.join()
+        node.close()
+    assert len(seen) >= 5 and lost > 0
+    with sqlite3.connect(db) as connection:
+        assert connection.execute("pragma integrity_check").fetchone() == ("ok",)
+
+
 def test_sigterm_ends_it_in_order(tmp_path: Path) -> None:
     db = tmp_path / "chain.db"
     with DevnetProcess(block_time=0.2, db=db) as node:

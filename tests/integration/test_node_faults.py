@@ -21,12 +21,23 @@ from typing import Any
 import httpx
 import pytest
 
+from poip_chain.chain.keys import create
 from poip_chain.control.client import Answer, KeySigner, NodeClient
 from poip_chain.control.ledger import Ledger
 from poip_chain.control.view import NetworkView
+from poip_chain.economic.onboarding import proof_of_possession
 from poip_chain.economic.types import CaseStatus
-from poip_chain.spec.objects import Batch, FinishReason, Part, Receipt, Request, SamplingParams, audit_draws
-from tests.engines.node_kit import PROFILE
+from poip_chain.spec.objects import (
+    Batch,
+    FinishReason,
+    Part,
+    ProofOfPossession,
+    Receipt,
+    Request,
+    SamplingParams,
+    audit_draws,
+)
+from tests.engines.node_kit import PROFILE, key_of
 from tests.integration.node_world import HTTP, PASSWORD, ROOT, NodeProcess, World, running_world, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -302,7 +313,10 @@ def test_a_demand_is_met_at_once(world: World) -> None:
     )
     assert world.network.log.next_seq(node.address) == 0
     world.send(world.network.availability.demand_commit(receipt, signature))
+    free = world.network.registry.free_stake(node.address)
     wait_until(lambda: world.network.log.next_seq(node.address) == 1, 60, "the commitment")
+    terms = world.network.parameters.lock_terms()
+    assert free - world.network.registry.free_stake(node.address) == terms.lock(receipt.fee) > 0
     settled(world, node)
     node.kill()
 
@@ -331,12 +345,12 @@ def test_the_demos_cheat_is_convicted(world: World) -> None:
     node.kill()
 
 
-def run_command(node: NodeProcess) -> subprocess.Popen[bytes]:
-    """The node by its command line, on the settings of its last start."""
+def run_command(node: NodeProcess, **settings: str) -> subprocess.Popen[bytes]:
+    """The node by its command line, on the settings of its last start and those of its environment."""
     return subprocess.Popen(
         [sys.executable, "-m", "poip_chain.service.node", "--config", str(node.folder / "node.toml")],
         cwd=ROOT,
-        env={**os.environ, "POIP_PASSWORD": PASSWORD},
+        env={**os.environ, "POIP_PASSWORD": PASSWORD, **settings},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -352,6 +366,9 @@ def test_the_command_line(world: World) -> None:
     paid(node)
     wait_until(lambda: world.network.log.next_seq(node.address) == 1, 60, "the commitment")
     second = run_command(node)
+    _, errors = second.communicate(timeout=90)
+    assert second.returncode == 1 and b"node.port" in errors and b"Traceback" not in errors
+    second = run_command(node, POIP_NODE_PORT="0")
     _, errors = second.communicate(timeout=90)
     assert second.returncode == 1 and b"another process uses" in errors and b"Traceback" not in errors
     process.terminate()
@@ -403,6 +420,40 @@ def test_the_client_library_and_the_node_agree(world: World, tmp_path: Path) -> 
         return receipts
 
     assert asyncio.run(scenario()) == node.receipts()
+    settled(world, node)
+    node.kill()
+
+
+def test_a_running_node_signs_nothing_that_belongs_to_its_new_key(world: World) -> None:
+    """What the old key signs from there on would be void as soon as the rotation takes effect."""
+    node = world.add_node("rotated")
+    node.start()
+    paid(node)
+    new, operator = key_of("new key of rotated"), world.operator.address
+    deadline = world.chain.timestamp() + 600
+    proof = proof_of_possession(world.network, operator, new, ProofOfPossession.NODE_KEY, deadline)
+    world.send(world.network.registry.rotate_node_key(node.address, new.address, 2, deadline, proof))
+    wait_until(lambda: node.rows("SELECT next_seq FROM key_limits") == [(2,)], 60, "the node sees the rotation")
+    paid(node)
+    refused = HTTP.post(f"{node.url}/v1/requests", json=node.client.body((51, 52)), timeout=30)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "key_rotated")
+    node.kill()
+    old = (node.folder / "key.json").read_bytes()
+    create(node.folder / "new.json", PASSWORD, key=new, light=True)
+    (node.folder / "new.json").replace(node.folder / "key.json")
+    world.fund(new.address)
+    world.pass_time(world.network.parameters.value("key_rotation_delay") + 1)
+    node.settings["node"] = node.address
+    node.start()
+    assert node.ended() and "it waits to be committed" in node.log(), "its old key's receipts come first"
+    new_key = (node.folder / "key.json").read_bytes()
+    (node.folder / "key.json").write_bytes(old)
+    node.start()
+    wait_until(lambda: world.network.log.next_seq(node.address) == 2, 60, "the old key commits its own")
+    node.kill()
+    (node.folder / "key.json").write_bytes(new_key)
+    node.start()
+    paid(node)
     settled(world, node)
     node.kill()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,22 @@ import pytest
 from poip_chain.economic.types import BatchStatus
 from poip_chain.errors import Unavailable
 from poip_chain.proof.evidence import Evidence
+from poip_chain.proof.reexecution import EngineSource
 from poip_chain.proof.scoring import judge
 from poip_chain.proof.settings import Mode
 from poip_chain.proof.store import AuditState, BatchState, FilingState
 from poip_chain.spec.objects import Batch
 from poip_chain.spec.scores import Verdict
-from tests.integration.watch_world import POIP, FixedSource, ScriptedNode, Watcher, WatchWorld, running_watch_world
+from tests.engines.serving import serving
+from tests.integration.watch_world import (
+    POIP,
+    FixedSource,
+    ScriptedEngine,
+    ScriptedNode,
+    Watcher,
+    WatchWorld,
+    running_watch_world,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -373,11 +384,130 @@ def test_the_chain_goes_away_and_comes_back(world: WatchWorld, node: ScriptedNod
         raise Unavailable("away")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watcher.chain.w3.provider, "_make_request", away)
+        patch.setattr(watcher.chain.w3.provider, "_post", away)
         with pytest.raises(Unavailable):
             watcher.tower.step()
     rounds(watcher, lambda: state_of(watcher, batch) is BatchState.DONE)
     assert watcher.audit(batch).verdict == Verdict.HONEST
+
+
+def counted(watcher: Watcher, name: str, limit: int = 40) -> None:
+    """Rounds until one counts `name`: what is put off comes up again after seconds of chain time, which may stand still
+    for a few blocks that came faster than the clock."""
+    for _ in range(limit):
+        if watcher.step().counts.get(name):
+            return
+    raise AssertionError(f"no {name} within {limit} rounds")
+
+
+BROKEN = ("down", "error", "text", "nesting", "no rows", "short", "positive", "not a number", "names", "drip")
+
+
+def test_an_engine_that_fails_blames_nobody_and_loses_nothing(
+    world: WatchWorld, node: ScriptedNode, tmp_path: Path
+) -> None:
+    """Whatever the re-executing server does: no verdict, no challenge, and the audit is done when it is back."""
+    engine = ScriptedEngine()
+    with serving(engine.app) as url:
+        watcher = world.watcher(tmp_path, source=EngineSource("http://127.0.0.1:1", timeout=1))
+        batch = node.commit(node.answer())
+        for broken in BROKEN:
+            engine.broken = broken
+            counted(watcher, "not_executed")
+            audit = watcher.audit(batch)
+            assert (audit.state, audit.verdict, audit.attempts) == (AuditState.FETCH, None, 0), broken
+            watcher.source = EngineSource(url, timeout=1)
+            watcher.restart()
+        assert watcher.store.challenges() == [] and watcher.filings() == [] and watcher.calls() == []
+        # What needs no re-execution goes on meanwhile.
+        malformed = spoilt(world.add_node(f"node{next(NUMBERS)}"), "early_end")
+        engine.broken = "error"
+        rounds(watcher, lambda: world.status(malformed) is BatchStatus.CONVICTED)
+        assert watcher.audit(batch).state is AuditState.FETCH
+        engine.broken = None
+        rounds(watcher, lambda: watcher.audit(batch).state is AuditState.DONE)
+    assert watcher.audit(batch).verdict == Verdict.HONEST
+    assert world.status(batch) is BatchStatus.PENDING
+
+
+def test_what_was_not_re_executed_in_time_is_reported(world: WatchWorld, node: ScriptedNode, tmp_path: Path) -> None:
+    watcher = world.watcher(tmp_path, source=EngineSource("http://127.0.0.1:1", timeout=1))
+    batch = node.commit(node.answer())
+    assert watcher.step().counts["not_executed"] == 1
+    world.mine(1, 200)
+    world.send(world.network.log.finalize([batch]))
+    assert watcher.step().counts["missed"] == 1
+    assert watcher.audit(batch).verdict == "missed"
+    assert state_of(watcher, batch) is BatchState.DONE and watcher.filings() == []
+
+
+def test_a_batch_that_is_not_confirmed_is_not_acted_on(world: WatchWorld, node: ScriptedNode, tmp_path: Path) -> None:
+    """A batch leaves the chain before it is confirmed, and comes back in another block: only that one counts."""
+    watcher = world.watcher(tmp_path, confirmations=6)
+    before = watcher.balance()
+    node.hidden = True
+    answers = [node.answer()]
+    batch = node.commit(*answers)  # its block and two more
+    watcher.step()
+    assert watcher.store.batch(batch.id) is None
+    world.chain.request("devnet_reorg", world.chain.block_number() - batch.block_number + 1, True)
+    watcher.step()
+    assert watcher.store.batch(batch.id) is None
+    node.outbox.step()
+    world.mine(1)
+    node.outbox.step()
+    found = world.network.log.find(world.network.log.batch_count(), batch.block_number)
+    assert found is not None and found[0] != batch
+    current = found[0]
+    node.answers[current.id] = answers
+    while world.chain.block_number() < current.block_number + 6:
+        assert watcher.store.batches() == [] and watcher.calls() == []
+        watcher.step()
+    rounds(watcher, lambda: any(c.state == "open" for c in watcher.store.challenges(current.id)))
+    row = watcher.store.batch(current.id)
+    assert row is not None and row.batch == current
+    world.mine(1, 25)
+    rounds(watcher, lambda: world.status(current) is BatchStatus.CONVICTED)
+    rounds(watcher, lambda: settled(world, watcher) and watcher.balance() > before)
+    assert watcher.balance() == before + reward_of(world, current)
+
+
+@pytest.mark.timeout(120)
+def test_a_tarpit_withholds(world: WatchWorld, node: ScriptedNode, tmp_path: Path) -> None:
+    """An answer that drips for ever is none: it costs a bounded time, and ends as any transcript that is not served."""
+    watcher = world.watcher(tmp_path, node_timeout=1)
+    node.tarpit = True
+    batch = node.commit(node.answer())
+    for _ in range(6):
+        started = time.monotonic()
+        watcher.step()
+        assert time.monotonic() - started < 30
+        if any(c.state == "open" for c in watcher.store.challenges(batch.id)):
+            break
+    assert watcher.challenge(batch).state == "open"
+    world.mine(1, 25)
+    rounds(watcher, lambda: world.status(batch) is BatchStatus.CONVICTED and watcher.audit(batch).verdict)
+    assert watcher.audit(batch).verdict == "withheld"
+
+
+@pytest.mark.timeout(120)
+def test_a_slow_node_does_not_hold_up_another(world: WatchWorld, node: ScriptedNode, tmp_path: Path) -> None:
+    """The slow node's batches come first and are many; the other's is audited in the same round."""
+    watcher = world.watcher(tmp_path, node_timeout=1, attempts=3)
+    slow = world.add_node(f"node{next(NUMBERS)}")
+    slow.tarpit = True
+    late = [slow.commit(*(slow.answer() for _ in range(3))) for _ in range(4)]
+    batch = node.commit(node.answer())
+    started = time.monotonic()
+    watcher.step()
+    # Asked one after the other, the slow node's four batches would take longer than the other's one round.
+    assert time.monotonic() - started < 15
+    assert watcher.audit(batch).verdict == Verdict.HONEST
+    assert all(state_of(watcher, other) is BatchState.NEW for other in late)
+    slow.tarpit = False
+    rounds(watcher, lambda: all(state_of(watcher, other) is BatchState.DONE for other in late))
+    assert {a.verdict for other in late for a in watcher.store.audits(batch_id=other.id)} == {Verdict.HONEST}
+    assert watcher.calls() == []
 
 
 def test_two_watchtowers_race_and_both_get_their_bonds_back(

@@ -6,9 +6,10 @@ the test (one HTTP server plays all of them). Re-execution is a stand-in with fi
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from eth_hash.auto import keccak
 from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from poip_chain.chain.deployment import deploy
@@ -32,7 +33,7 @@ from poip_chain.economic.profiles import deployment_settings
 from poip_chain.economic.types import BatchStatus
 from poip_chain.proof.audit import Auditor
 from poip_chain.proof.reexecution import Answer as Executed
-from poip_chain.proof.reexecution import Row
+from poip_chain.proof.reexecution import LogitSource, Row
 from poip_chain.proof.report import Report
 from poip_chain.proof.settings import Mode, WatchtowerSettings
 from poip_chain.proof.store import DATABASE, AuditRow, Challenge, Filing, WatchtowerStore
@@ -113,7 +114,8 @@ class Answer:
 
 @dataclass
 class ScriptedNode:
-    """A registered node and its books. `silent` hides everything, `hidden` the transcripts alone."""
+    """A registered node and its books. `silent` hides everything, `hidden` the transcripts alone; a `tarpit` answers
+    every question with a byte now and then, for ever."""
 
     world: WatchWorld
     name: str
@@ -125,6 +127,7 @@ class ScriptedNode:
     answers: dict[int, list[Answer]] = field(default_factory=dict)
     silent: bool = False
     hidden: bool = False
+    tarpit: bool = False
     sent: int = 0
 
     @property
@@ -277,9 +280,11 @@ class Watcher:
     key: Key
     mode: Mode
     budget: int
-    source: FixedSource
+    source: LogitSource
     start_block: int
     attempts: int = 1
+    confirmations: int = 0
+    node_timeout: float = 5
 
     def __post_init__(self) -> None:
         self.start()
@@ -293,14 +298,16 @@ class Watcher:
             data=self.data,
             mode=self.mode,
             bond_budget=self.budget,
-            node_timeout=5,
+            node_timeout=self.node_timeout,
+            confirmations=self.confirmations,
             fetch_attempts=self.attempts,
         )
         sources = [network.log.event(name) for name in ("BatchCommitted", "BatchFinal", "BatchConvicted")]
         sources += [network.availability.event(name) for name in ("Challenged", "Answered", "Resolved")]
         self.chain = Chain(self.world.url)
         self.store = MortalStore(self.data / DATABASE)
-        self.follower = Follower(self.chain, self.data / "follower.db", "watchtower", sources, self.start_block)
+        database = self.data / "follower.db"
+        self.follower = Follower(self.chain, database, "watchtower", sources, self.start_block, self.confirmations)
         self.outbox = Outbox(self.chain, self.key, self.data / "outbox.db") if self.mode is Mode.DEFEND else None
         auditor = Auditor(network, {SPEC.model_id(): self.source})
         self.tower = Watchtower(settings, self.chain, network, self.follower, self.store, auditor, self.outbox)
@@ -416,8 +423,8 @@ class WatchWorld:
         *,
         budget: int = 10 * POIP,
         cheated: bool = False,
-        attempts: int = 1,
-        url: str | None = None,
+        source: LogitSource | None = None,
+        **options: Any,
     ) -> Watcher:
         """A watchtower with an account of its own, which sees what happens from now on."""
         key = key_of(f"watchtower {folder}")
@@ -425,7 +432,7 @@ class WatchWorld:
             self.chain.request("anvil_setBalance", key.address, hex(10**21))
             self.send(self.network.token.transfer(key.address, 100 * POIP))
         start = self.chain.block_number() + 1
-        watcher = Watcher(self, folder, key, mode, budget, FixedSource(cheated), start, attempts)
+        watcher = Watcher(self, folder, key, mode, budget, source or FixedSource(cheated), start, **options)
         self._watchers.append(watcher)
         return watcher
 
@@ -453,6 +460,54 @@ class WatchWorld:
         self.chain.close()
 
 
+async def drops() -> AsyncIterator[bytes]:
+    """JSON that never ends, a byte at a time."""
+    while True:
+        yield b" "
+        await asyncio.sleep(0.05)
+
+
+class ScriptedEngine:
+    """A vLLM server as EngineSource knows it, which serves FixedSource's logits, or what `broken` says instead."""
+
+    def __init__(self) -> None:
+        self.broken: str | None = None
+        self.asked = 0
+        self.app = Starlette(
+            routes=[Route("/v1/models", self.models), Route("/v1/completions", self.complete, methods=["POST"])]
+        )
+
+    async def models(self, request: HttpRequest) -> Response:
+        return JSONResponse({"data": [{"id": "the model"}]})
+
+    async def complete(self, request: HttpRequest) -> Response:
+        self.asked += 1
+        ids = (await request.json())["prompt"]
+        rows: list[Any] = [None]
+        for token in ids[1:]:
+            listed = {other: -(CHOSEN / LOGIT) for other in range(16)} | {token: 0.0}
+            rows.append({str(other): {"logprob": value} for other, value in listed.items()})
+        if self.broken == "error":
+            return JSONResponse({"error": {"message": "out of memory"}}, status_code=500)
+        if self.broken == "drip":
+            return StreamingResponse(drops(), media_type="application/json")
+        if self.broken == "text":
+            return Response("<html>")
+        if self.broken == "nesting":
+            return Response('{"choices":' + "[" * 300_000)
+        if self.broken == "no rows":
+            rows = [None] * len(ids)
+        elif self.broken == "short":
+            rows = rows[:-1]
+        elif self.broken == "positive":
+            rows[-1] = {name: {"logprob": 7.5} for name in rows[-1]}
+        elif self.broken == "not a number":
+            rows[-1] = {name: {"logprob": "nan"} for name in rows[-1]}
+        elif self.broken == "names":
+            rows[-1] = {"the": {"logprob": -1.0}}
+        return JSONResponse({"choices": [{"prompt_logprobs": rows}]})
+
+
 @contextlib.contextmanager
 def running_watch_world(folder: Path) -> Iterator[WatchWorld]:
     """A world that lives as long as the block."""
@@ -461,6 +516,8 @@ def running_watch_world(folder: Path) -> Iterator[WatchWorld]:
     async def serve(request: HttpRequest) -> Response:
         values = request.path_params
         position = values.get("position")
+        if nodes[values["name"]].tarpit:
+            return StreamingResponse(drops(), media_type="application/json")
         document = nodes[values["name"]].document(values["batch"], position)
         if document is None:
             return JSONResponse({"error": {"message": "no"}}, status_code=403)

@@ -13,8 +13,9 @@ from poip_chain.chain.devnet import params
 from poip_chain.chain.devnet.errors import ExecutionReverted, InvalidParams, ParseError
 from poip_chain.chain.devnet.filters import IDLE_SECONDS, Filter, FilterRegistry
 from poip_chain.chain.devnet.params import LogCriteria, log_criteria
-from poip_chain.chain.devnet.rpc import MAX_NESTING, Dispatcher, method, parse
+from poip_chain.chain.devnet.rpc import Dispatcher, method, parse
 from poip_chain.errors import PoipError
+from poip_chain.spec.strict_json import MAX_DEPTH
 
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -71,10 +72,10 @@ def test_any_bytes_get_an_answer(body: bytes) -> None:
 
 @pytest.mark.parametrize("opening,closing", [("[", "]"), ('{"a":', "}"), ('["[[]]",', "]")])
 def test_deep_nesting_is_counted_before_it_is_parsed(opening: str, closing: str) -> None:
-    for depth in (MAX_NESTING + 1, 200_000):
+    for depth in (MAX_DEPTH + 1, 200_000):
         with pytest.raises(ParseError, match="nested deeper"):
             parse(opening * depth)
-    assert parse(opening * MAX_NESTING + "1" + closing * MAX_NESTING)
+    assert parse(opening * MAX_DEPTH + "1" + closing * MAX_DEPTH)
     brackets = json.dumps(["[{" * 1000, '\\"[' * 1000])
     assert parse(brackets) == json.loads(brackets)
 

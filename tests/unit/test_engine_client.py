@@ -175,6 +175,11 @@ def raw(*pieces: bytes) -> Callable[[dict[str, Any]], Sequence[Event]]:
         (
             change(1, logprobs={"token_logprobs": [math.nan], "top_logprobs": [{}]}),
             IntegrityError,
+            "not JSON",
+        ),
+        (
+            change(1, logprobs={"token_logprobs": ["-1"], "top_logprobs": [{}]}),
+            IntegrityError,
             "for a log-probability",
         ),
         (change(1, finish_reason="stop"), IntegrityError, "no end token"),

@@ -12,6 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from poip_chain.economic.locks import LockTerms
+from poip_chain.economic.parameters import POIP
+from poip_chain.economic.types import Offer
 from poip_chain.errors import InvalidInput, InvalidSignature, PoipError
 from poip_chain.service.node.admission import (
     MAX_TOTAL,
@@ -24,11 +27,13 @@ from poip_chain.service.node.admission import (
     parse_submission,
     parse_voucher,
 )
+from poip_chain.service.node.ports import Backing
 from poip_chain.service.node.refusals import MAX_MESSAGE, RequestRefused, error_body
+from poip_chain.service.node.schema import BatchState
 from poip_chain.spec.eip712 import Domain
 from poip_chain.spec.objects import SamplingParams
-from poip_chain.spec.types import ZERO_ADDRESS
-from tests.engines.model_chain import CHAIN_ID, LOG, VAULT
+from poip_chain.spec.types import ZERO_ADDRESS, Hash32
+from tests.engines.model_chain import CHAIN_ID, LOG, TERMS, VAULT, WINDOW
 from tests.engines.node_kit import INPUT_PRICE, MODEL_ID, OUTPUT_PRICE, PROFILE, Client, Kit, flat, key_of
 
 NODE = key_of("node").address
@@ -205,6 +210,8 @@ CREDIT = Credit(known=1000, new=500, prepaid=5000)
         (Account(500, 500, 0, 409, 500), ""),  # settled money has left the escrow already
         (Account(1500, 500, 0, 10**6, 0), ""),
         (Account(1501, 500, 0, 10**6, 0), "voucher_due"),
+        (Account(1400, 500, 100, 10**6, 0), ""),
+        (Account(1400, 500, 101, 10**6, 0), "voucher_due"),  # what runs will be owed, too
         (Account(91, 0, 0, 10**6, 0), ""),
         (Account(92, 0, 0, 10**6, 0), "voucher_due"),
         (Account(0, 0, 92, 10**6, 0), "voucher_due"),
@@ -299,3 +306,127 @@ def test_voucher_rules(tmp_path: Path) -> None:
     stranger = Client(kit.node.served, key_of("stranger"))
     with pytest.raises(RequestRefused, match="the request of"):
         kit.ask_body(kit.client.body(voucher=flat(stranger.voucher(1))))
+
+
+# ------------------------------------------------------------------ stake
+
+DEFAULT_TERMS = LockTerms(audit_rate=100_000, detection_power=800_000, reward_share=300_000, minimum_lock=POIP)
+
+
+def test_what_a_batch_locks() -> None:
+    """fee / (0.1 * 0.8 * 0.7), rounded up, at least the minimum."""
+    assert DEFAULT_TERMS.lock(0) == DEFAULT_TERMS.lock(POIP * 56 // 1000) == POIP
+    assert DEFAULT_TERMS.lock(POIP * 56 // 1000 + 1) == POIP + 18
+    assert DEFAULT_TERMS.lock(57 * POIP) == -(-57 * POIP * 1000 // 56)
+
+
+@given(st.lists(st.integers(0, 10 * POIP), min_size=1, max_size=20), st.integers(0, 2 * POIP))
+def test_no_way_to_batch_locks_more_than_was_reserved(fees: list[int], minimum: int) -> None:
+    terms = LockTerms(100_000, 800_000, 300_000, minimum)
+    assert sum(map(terms.lock, fees)) <= terms.most(sum(fees), len(fees))
+    assert terms.most(fees[0], 1) == terms.lock(fees[0])
+    assert terms.most(0, 0) == 0
+
+
+def refusal_of(kit: Kit, **changes: Any) -> RequestRefused:
+    with pytest.raises(RequestRefused) as caught:
+        kit.ask(**changes)
+    return caught.value
+
+
+def test_nobody_pays_more_than_the_offer(tmp_path: Path) -> None:
+    """Fees lock stake: with a price of his own choice a client could make a batch that the node cannot commit."""
+    kit = Kit(tmp_path, {"input_price": INPUT_PRICE - 1})
+    kit.chain.state.escrow[kit.client.address] = 10**24
+    for changes, param in (
+        ({"output_price": OUTPUT_PRICE + 1}, "output_price"),
+        ({"input_price": INPUT_PRICE + 1}, "input_price"),
+        ({"output_price": 10**20, "max_tokens": 1}, "output_price"),
+    ):
+        kit.node._credit = Credit(10**30, 10**30, 10**30)
+        refusal = refusal_of(kit, **changes)
+        assert (refusal.status, refusal.code, refusal.param) == (402, "price_too_high", param)
+        assert f"at most {INPUT_PRICE} wei per prompt token and {OUTPUT_PRICE} per" in str(refusal)
+    assert kit.ask(input_price=INPUT_PRICE).seq == 0  # the registry's price, though the settings ask less
+    # An offer that was raised while the node runs is what clients sign from then on.
+    kit.chain._offers[:] = [Offer(Hash32(MODEL_ID), 1, INPUT_PRICE, OUTPUT_PRICE + 5)]
+    assert kit.ask(output_price=OUTPUT_PRICE + 5).seq == 1
+
+
+def test_stake_bounds_what_is_signed(tmp_path: Path) -> None:
+    """Whatever is admitted can be committed, in however many batches; then nothing is until a batch is final."""
+    kit = Kit(tmp_path, {"batch_count": 2, "batch_age": 10.0})
+    kit.chain.state.stake = 3 * POIP + 2
+    for _ in range(3):
+        kit.ask()
+        kit.round(11)  # each in a batch of its own
+    assert kit.chain.state.next_seq == 3
+    refusal = refusal_of(kit)
+    assert (refusal.status, refusal.code, refusal.retry_after) == (503, "stake_busy", 30)
+    kit.round(WINDOW)
+    assert kit.ask().seq == 3
+    kit.ask()
+    kit.ask()
+    kit.node.jobs.step()  # composes a batch of two, which is sent, but not mined
+    assert [b.count for b in kit.node.store.batches(BatchState.COMPOSED)] == [2]
+    kit.ask()
+    kit.ask()
+    # The batch on its way locks 1, the three receipts in none 2; with another request there would be a lock too many.
+    assert refusal_of(kit).code == "stake_busy"
+
+
+def test_high_fees_count_by_what_they_lock(tmp_path: Path) -> None:
+    kit = Kit(tmp_path, {"input_price": 0, "output_price": POIP})
+    kit.chain._offers[:] = [Offer(Hash32(MODEL_ID), 1, 0, POIP)]
+    kit.chain.state.escrow[kit.client.address] = 10**24
+    most = kit.client.body(max_tokens=40)
+    kit.chain.state.stake = TERMS.lock(40 * POIP) - 1
+    for attempt in range(2):
+        with pytest.raises(RequestRefused) as caught:
+            kit.ask_body(most)
+        assert caught.value.code == "stake_busy", attempt
+    kit.chain.state.stake += 1
+    receipt = kit.ask_body(most)
+    assert receipt.fee <= 40 * POIP
+    kit.chain.demand(0, kit.chain.state.time + 50)
+    kit.round()
+    assert kit.chain.state.batches[1].lock == TERMS.lock(receipt.fee)
+
+
+def test_running_requests_hold_stake(tmp_path: Path) -> None:
+    kit = Kit(tmp_path)
+    kit.chain.state.stake = 2 * POIP + 1
+
+    async def three() -> list[Any]:
+        kit.engine.gate = asyncio.Semaphore(0)
+        bodies = [kit.client.body() for _ in range(3)]
+        results = await asyncio.gather(
+            *(kit.node.submit(parse_submission(body)) for body in bodies), return_exceptions=True
+        )
+        await kit.node.executor.drain(5)
+        return results
+
+    refused = [r for r in asyncio.run(three()) if isinstance(r, RequestRefused)]
+    assert [r.code for r in refused] == ["stake_busy"]
+
+
+def test_stake_is_believed_for_a_while_but_commits_are_never_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Free stake read before a commit, with the batch committed since: it counts as long as the old figure is used."""
+    kit = Kit(tmp_path, {"escrow_cache": 1000.0, "batch_count": 1})
+    kit.chain.state.stake = 2 * POIP
+    kit.ask()
+    kit.round()
+    asked: list[Backing] = []
+    backing = kit.chain.backing
+
+    def counted() -> Backing:
+        asked.append(backing())
+        return asked[-1]
+
+    monkeypatch.setattr(kit.chain, "backing", counted)
+    kit.ask()
+    kit.round()
+    assert not asked
+    assert refusal_of(kit).code == "stake_busy" and asked

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from poip_chain.errors import IntegrityError
+from poip_chain.errors import ConfigurationError, IntegrityError
 from poip_chain.service.node.collection import plan_collection
+from poip_chain.service.node.ports import Rotated
 from poip_chain.service.node.refusals import RequestRefused
 from poip_chain.service.node.schema import BatchState, CollectionState, StoredVoucher
 from poip_chain.spec.objects import FinishReason, Part, Receipt, Voucher
@@ -295,6 +296,25 @@ def test_a_refused_transaction_is_tried_less_and_less(tmp_path: Path) -> None:
     assert delays[:4] == [5, 10, 20, 40] and delays[-1] == delays[-2] == 640
 
 
+def test_a_rotated_key_signs_nothing_that_would_be_void(kit: Kit) -> None:
+    """The old key counts until the rotation takes effect; what it signs beyond the new key's first number is void then."""
+    ask(kit, 2)
+    kit.chain.tell(Rotated(kit.key.address, 4), Rotated(key_of("another").address, 0))
+    kit.round()
+    ask(kit, 2)
+    with pytest.raises(RequestRefused) as caught:
+        kit.ask()
+    assert (caught.value.status, caught.value.code) == (503, "key_rotated")
+    kit.restart()  # it has receipts to commit
+    kit.round()
+    with pytest.raises(ConfigurationError, match="this one signs those below 4"):
+        kit.restart()
+    kit.chain.reorganise(5)
+    kit.node.jobs.step()
+    kit.node.check_start()
+    ask(kit, 1)
+
+
 def test_a_node_that_cannot_commit_takes_no_requests(kit: Kit) -> None:
     """Jailed, for example: what it signed is kept, nothing more is signed, and it goes on when it may."""
     receipts = ask(kit, 4)
@@ -308,6 +328,45 @@ def test_a_node_that_cannot_commit_takes_no_requests(kit: Kit) -> None:
     kit.chain.state.jailed = False
     settle_all(kit)
     assert kit.chain.state.earned == owed(receipts)
+    ask(kit, 1)
+
+
+def test_a_batch_without_free_stake_is_tried_again(kit: Kit) -> None:
+    """The stake was there when the requests were admitted; what took it may also give it back."""
+    ask(kit, 4)
+    kit.chain.state.stake = 0
+    for _ in range(3):
+        kit.round()
+    assert states(kit) == ["composed"] and "not enough free stake" in (kit.node.batching.blocked or "")
+    with pytest.raises(RequestRefused, match="free stake") as caught:
+        kit.ask()
+    assert caught.value.code == "cannot_commit"
+    kit.chain.state.stake = 10**18
+    kit.round()
+    assert states(kit) == ["committed"]
+
+
+def test_a_node_stops_before_a_sunset_and_commits_what_it_signed(kit: Kit) -> None:
+    """A batch interval before the sunset nothing more is signed; what was signed is committed when it is due."""
+    receipts = ask(kit, 2)
+    now, interval = kit.chain.state.time, int(kit.node.settings.batch_age)
+    kit.chain.state.sunset = now + interval + 6
+    kit.node.jobs.step()
+    receipts += ask(kit, 1)
+    kit.chain.mine(6)
+    with pytest.raises(RequestRefused, match=f"served until {now + interval + 6}") as caught:
+        kit.ask()
+    assert (caught.value.status, caught.value.code) == (503, "model_sunset")
+    kit.restart()  # known before the first round
+    with pytest.raises(RequestRefused, match="served until"):
+        kit.ask()
+    kit.chain.mine(interval - 6)
+    kit.round()
+    assert kit.chain.state.next_seq == 3 and kit.chain.state.batches[1].committed_at <= kit.chain.state.sunset
+    settle_all(kit)
+    assert kit.chain.state.earned == owed(receipts)
+    kit.chain.state.sunset = kit.chain.state.time + 10**6  # moved by a later decision
+    kit.node.jobs.step()
     ask(kit, 1)
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from poip_chain.chain.outbox_store import OutboxStore
+from poip_chain.chain.private_files import prepare_private
 from poip_chain.errors import ConfigurationError, IntegrityError, NotFound
+from poip_chain.proof.database import Database
 from poip_chain.service.node.schema import BatchState, Record, StoredReceipt
 from poip_chain.service.node.store import Draft, Store
 from poip_chain.spec.objects import Batch, Receipt, Voucher
@@ -225,3 +230,43 @@ def test_vouchers_keep_the_best_per_receipt(store: Store) -> None:
     }
     assert store.unpaid(PAYER, 9) == []
     assert store.paid(OTHER) == 0
+
+
+# ------------------------------------------------------------------ who may read it
+
+
+@pytest.fixture
+def usual_umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def modes(directory: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_mode & 0o777 for file in directory.iterdir()}
+
+
+@pytest.mark.usefixtures("usual_umask")
+def test_nobody_else_can_read_what_is_kept(tmp_path: Path) -> None:
+    """Prompts and answers, what is to be sent, what a watchtower found: with SQLite's own files beside each database."""
+    data = tmp_path / "above" / "data"
+    store = Store(data / "node.db", node=key_of("node").address, chain_id=CHAIN_ID, log=LOG)
+    outbox = OutboxStore(data / "outbox.db", "the node")
+    database = Database(data / "watchtower.db")
+    found = modes(data)
+    assert {"node.db", "node.db-wal", "node.lock", "outbox.db", "outbox.db.lock", "watchtower.db"} <= set(found)
+    assert set(found.values()) == {0o600}, found
+    assert data.stat().st_mode & 0o777 == 0o700
+    for made in (store, outbox, database):
+        made.close()
+
+
+@pytest.mark.usefixtures("usual_umask")
+def test_files_that_others_could_read_are_closed_to_them(tmp_path: Path) -> None:
+    for name in ("node.db", "node.db-wal", "node.db-shm"):
+        (tmp_path / name).write_bytes(b"kept")
+    tmp_path.chmod(0o755)
+    prepare_private(tmp_path / "node.db")
+    assert set(modes(tmp_path).values()) == {0o600}
+    assert (tmp_path / "node.db").read_bytes() == b"kept"
+    assert tmp_path.stat().st_mode & 0o777 == 0o755, "a directory that was there is its owner's business"

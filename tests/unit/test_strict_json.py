@@ -42,6 +42,23 @@ def test_brackets_in_strings_are_no_depth() -> None:
     assert parse_json(json.dumps([text, text])) == [text, text]
 
 
+def depth_of(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(depth_of, inner), default=0)
+
+
+@given(st.lists(values | st.text('[]{}"\\\\,:ab')), st.booleans())
+def test_depth_is_what_the_parser_meets(found: list[Any], ascii_only: bool) -> None:
+    """Strings full of brackets, quotes and backslashes do not confuse the count, in either direction."""
+    depth = depth_of(found)
+    text = json.dumps([found] * (MAX_DEPTH + 1), ensure_ascii=ascii_only)
+    for levels in range(MAX_DEPTH - depth - 1):
+        text = f"[{text}]" if levels % 2 else f'{{"[\\\\": {text}}}'
+    assert parse_json(text.encode(errors="surrogatepass")) is not None
+    with pytest.raises(InvalidInput, match="nested deeper"):
+        parse_json(f"[{text}]".encode(errors="surrogatepass"))
+
+
 def test_the_greatest_depth_is_read() -> None:
     assert parse_json("[" * MAX_DEPTH + "]" * MAX_DEPTH) is not None
     with pytest.raises(InvalidInput):

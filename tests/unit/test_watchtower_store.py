@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poip_chain.chain.rpc import Call
+from poip_chain.proof.cases import LossLimit
 from poip_chain.proof.publication import Chunk
 from poip_chain.proof.store import AuditState, BatchState, FilingState, WatchtowerStore, open_store
 from poip_chain.spec.objects import Batch, Part, Receipt
@@ -19,6 +20,7 @@ from poip_chain.spec.types import ZERO_ADDRESS, Address
 NODE = Address("0x1111111111111111111111111111111111111111")
 OTHER = Address("0x2222222222222222222222222222222222222222")
 CHUNK: Chunk = (Part.OUTPUT, 0)
+UNBOUND = LossLimit(NODE, 10**9, 0)
 BATCH = Batch(1, NODE, bytes(32), 1, b"r" * 32, 0, 2, 10, 10, 5, 10**6, 1, 7, 1000, 1100)
 
 
@@ -46,25 +48,25 @@ def audited(store: WatchtowerStore, batch: Batch = BATCH, positions: tuple[int, 
 
 
 def test_a_reservation_is_made_once_and_given_back(store: WatchtowerStore) -> None:
-    assert store.reserve_bond(1, 0, CHUNK, 6, 10, "k")
-    assert store.reserve_bond(1, 0, CHUNK, 6, 10, "k")
+    assert store.reserve_bond(1, 0, CHUNK, 6, 10, "k", loss=UNBOUND)
+    assert store.reserve_bond(1, 0, CHUNK, 6, 10, "k", loss=UNBOUND)
     assert store.bonds_standing() == 6
-    assert not store.reserve_bond(1, 1, CHUNK, 6, 10)
+    assert not store.reserve_bond(1, 1, CHUNK, 6, 10, loss=UNBOUND)
     store.release_bond(1, 0, CHUNK)
     assert store.bonds_standing() == 0
-    assert store.reserve_bond(1, 1, CHUNK, 10, 10)
+    assert store.reserve_bond(1, 1, CHUNK, 10, 10, loss=UNBOUND)
 
 
 def test_an_open_challenge_is_not_reserved_again(store: WatchtowerStore) -> None:
     store.open_challenge(1, 0, CHUNK, 9, 2000)
-    assert not store.reserve_bond(1, 0, CHUNK, 1, 10)
+    assert not store.reserve_bond(1, 0, CHUNK, 1, 10, loss=UNBOUND)
     assert store.bonds_standing() == 0  # the bond is somebody else's
     store.release_bond(1, 0, CHUNK)
     assert [c.state for c in store.challenges()] == ["open"]
 
 
 def test_a_lost_race_frees_the_bond_only_when_it_is_told(store: WatchtowerStore) -> None:
-    assert store.reserve_bond(1, 0, CHUNK, 6, 10, "k")
+    assert store.reserve_bond(1, 0, CHUNK, 6, 10, "k", loss=UNBOUND)
     store.open_challenge(1, 0, CHUNK, 9, 2000)
     assert store.bonds_standing() == 6
     store.lost_race(1, 0, CHUNK)
@@ -72,7 +74,7 @@ def test_a_lost_race_frees_the_bond_only_when_it_is_told(store: WatchtowerStore)
 
 
 def test_a_challenge_that_a_reorganisation_takes_away_keeps_its_bond(store: WatchtowerStore) -> None:
-    assert store.reserve_bond(1, 0, CHUNK, 6, 10, "k")
+    assert store.reserve_bond(1, 0, CHUNK, 6, 10, "k", loss=UNBOUND)
     store.open_challenge(1, 0, CHUNK, 9, 2000, 6)
     store.open_challenge(1, 1, CHUNK, 10, 2000)
     store.unchallenge(9)
@@ -86,9 +88,9 @@ def test_a_challenge_that_a_reorganisation_takes_away_keeps_its_bond(store: Watc
 
 def test_the_budget_survives_a_restart(tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
-        assert store.reserve_bond(1, 0, CHUNK, 6, 10)
+        assert store.reserve_bond(1, 0, CHUNK, 6, 10, loss=UNBOUND)
     with open_store(tmp_path) as store:
-        assert not store.reserve_bond(2, 0, CHUNK, 6, 10)
+        assert not store.reserve_bond(2, 0, CHUNK, 6, 10, loss=UNBOUND)
 
 
 def test_reservations_side_by_side_stay_within_the_budget(tmp_path: Path) -> None:
@@ -100,7 +102,7 @@ def test_reservations_side_by_side_stay_within_the_budget(tmp_path: Path) -> Non
         def reserve(number: int) -> None:
             start.wait()
             for position in range(4):
-                if (one, two)[number % 2].reserve_bond(number, position, CHUNK, 3, 20):
+                if (one, two)[number % 2].reserve_bond(number, position, CHUNK, 3, 20, loss=UNBOUND):
                     granted.append(3)
 
         threads = [threading.Thread(target=reserve, args=(number,)) for number in range(6)]
@@ -129,7 +131,7 @@ def test_whatever_happens_the_budget_is_not_exceeded(steps: list[tuple[str, int,
         for action, position, bond in steps:
             number = position + 100
             if action == "reserve":
-                store.reserve_bond(1, position, CHUNK, bond, 7, "k")
+                store.reserve_bond(1, position, CHUNK, bond, 7, "k", loss=UNBOUND)
             elif action == "open":
                 known = [c for c in store.challenges(1, position) if c.state == "reserved"]
                 if known:
@@ -155,7 +157,7 @@ def test_whatever_happens_the_budget_is_not_exceeded(steps: list[tuple[str, int,
 def test_a_reorganisation_replaces_a_batch_and_all_that_hangs_on_it(store: WatchtowerStore) -> None:
     audited(store)
     store.finish_audit(1, 0, "honest", {})
-    store.reserve_bond(1, 1, CHUNK, 6, 10)
+    store.reserve_bond(1, 1, CHUNK, 6, 10, loss=UNBOUND)
     store.add_filing("k", 1, "fee", FilingState.FOUND, {}, Call(NODE, b"x", "d"))
     store.set_batch_status(1, "removed")
     store.add_batch(BATCH)  # the same again: everything is kept

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,17 +16,15 @@ from poip_chain.chain.devnet.errors import (
     ParseError,
     RpcError,
 )
-from poip_chain.errors import PoipError
+from poip_chain.errors import InvalidInput, PoipError
+from poip_chain.spec.strict_json import parse_json
 
 log = logging.getLogger(__name__)
 
 MAX_REQUEST_BYTES = 5 * 1024 * 1024
 MAX_BATCH = 1_000
-MAX_NESTING = 64
 MAX_BATCH_RESPONSE_BYTES = 64 * 1024 * 1024
 
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_BRACKETS = re.compile(r"[\[\]{}]")
 _METHOD_MARK = "_is_json_rpc_method"
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -121,26 +118,11 @@ class Dispatcher:
 
 
 def parse(text: str | bytes) -> Any:
-    """JSON from outside. Raises ParseError if it is none, or nested deeper than any request is.
-
-    py-evm and py_ecc raise Python's recursion limit so far that the JSON parser would run out of stack before it
-    reaches that limit, and the process would die: nesting is counted first.
-    """
+    """JSON from outside. Raises ParseError if it is none, or nested deeper than any request is."""
     try:
-        decoded = text if isinstance(text, str) else text.decode()
-        if decoded.count("[") + decoded.count("{") > MAX_NESTING and _nesting(decoded) > MAX_NESTING:
-            raise ParseError(f"the request is nested deeper than {MAX_NESTING} levels")
-        return json.loads(decoded)
-    except ValueError:
-        raise ParseError("the request is no JSON") from None
-
-
-def _nesting(text: str) -> int:
-    depth = deepest = 0
-    for bracket in _BRACKETS.findall(_STRING.sub("", text)):
-        depth += 1 if bracket in "[{" else -1
-        deepest = max(deepest, depth)
-    return deepest
+        return parse_json(text)
+    except InvalidInput as error:
+        raise ParseError(f"the request cannot be read: {error}") from None
 
 
 def encode(value: object) -> str:

@@ -127,10 +127,12 @@ def _raise_error(body: dict[str, Any], status: int) -> None:
 def _first_model(url: str) -> str:
     import httpx
 
+    from poip_chain.spec.strict_json import parse_json_object
+
     try:
         answer = httpx.get(f"{url.rstrip('/')}/v1/models", headers=api_headers(), timeout=10)
-        body = answer.json()
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        body = parse_json_object(answer.content)
+    except (httpx.HTTPError, httpx.InvalidURL, InvalidInput) as error:
         raise Unavailable(
             f"the gateway at {url} does not answer ({type(error).__name__}).", hint="`poip gateway run` starts one."
         ) from error

@@ -109,10 +109,12 @@ def nodes(context: Context, url: str) -> None:
     """Show what a running gateway knows of each node, and why it does not choose it. [POIP_API_KEY]"""
     import httpx
 
+    from poip_chain.spec.strict_json import parse_json_object
+
     try:
         answer = httpx.get(f"{url.rstrip('/')}/poip/v1/nodes", headers=api_headers(), timeout=10)
-        rows = answer.json()["nodes"] if answer.status_code == 200 else None
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
+        rows = parse_json_object(answer.content)["nodes"] if answer.status_code == 200 else None
+    except (httpx.HTTPError, httpx.InvalidURL, InvalidInput, KeyError) as error:
         raise Unavailable(f"the gateway at {url} does not answer ({type(error).__name__}).") from error
     if rows is None:
         raise InvalidInput(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,13 +64,14 @@ def register(context: Context, directory: Path, profile: Path | None, max_contex
 
 def _read_profile(path: Path) -> Profile:
     from poip_chain.economic.profiles import profile_from_json
+    from poip_chain.spec.strict_json import parse_json
 
     try:
         if path.stat().st_size > MAX_PROFILE_BYTES:
             raise InvalidInput(f"{path} is too large for a profile.")
-        return profile_from_json(json.loads(path.read_text()))
-    except ValueError as error:
-        raise InvalidInput(f"{path} is not JSON: {error}.") from error
+        return profile_from_json(parse_json(path.read_bytes()))
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be read: {error}.") from error
 
 
 @command.command("list")

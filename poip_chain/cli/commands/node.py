@@ -195,7 +195,7 @@ def rotate_key(context: Context, node: str, new_key: str, next_seq: int | None) 
     )
     if not context.dry_run:
         output.note(
-            f"In {delay} seconds only {signer.address} counts from receipt {first} on: let the node sign none of these "
+            f"In {delay} seconds only {signer.address} counts from receipt {first} on; the node takes no requests for these "
             f"with its old key. Then start it with the new key and the setting node.node = {address}."
         )
 

@@ -38,6 +38,11 @@ def data_of(context: Context) -> Path:
     "--engine", "engines", multiple=True, metavar="MODEL_ID=URL", help="vLLM server that re-executes instead."
 )
 @click.option("--bond-budget", type=AMOUNT, help="Most that may stand in bonds at one time.")
+@click.option(
+    "--loss-budget",
+    type=AMOUNT,
+    help="Most that one node's answers may take of bonds in a day; default: a quarter of the bond budget.",
+)
 @click.option("--poll-interval", type=float, help="Seconds between rounds; default 1.")
 @click.option("--confirmations", type=int, help="Blocks before a batch is believed; default 0.")
 @click.option(
@@ -78,11 +83,11 @@ def run(
 def status(context: Context) -> None:
     """What the watchtower of this data directory has seen: batches, verdicts, challenges, offences."""
     from poip_chain.economic.money import format_amount
-    from poip_chain.proof.store import open_store
+    from poip_chain.proof.store import NOTE, open_store
 
     with open_store(data_of(context)) as store:
         audits, challenges, filings = store.audits(), store.challenges(), store.filings()
-        batches = store.batches()
+        batches, losses = store.batches(), store.losses_by_node()
     data = {
         "batches": [{"id": b.batch.id, "node": b.batch.node, "status": b.status, "state": b.state} for b in batches],
         "audits": [
@@ -91,6 +96,7 @@ def status(context: Context) -> None:
             for a in audits
         ],
         "challenges": [challenge.to_json() for challenge in challenges],
+        "lost_to_answers": {node: str(amount) for node, amount in losses.items()},
         "offences": [filing.to_json() for filing in filings],
     }  # fmt: skip
 
@@ -100,7 +106,8 @@ def status(context: Context) -> None:
             [">batch", ">receipt", "node", "verdict", ">margin sum", ">largest", ">fingerprint", "evidence"],
             [
                 (
-                    a.batch_id, a.position, nodes.get(a.batch_id, "?"), a.verdict or a.state,
+                    a.batch_id, a.position, nodes.get(a.batch_id, "?"),
+                    a.detail.get(NOTE, a.verdict or a.state),
                     a.detail.get("margin_sum"), a.detail.get("margin_max"), a.detail.get("fingerprint_sum"), a.evidence,
                 )
                 for a in audits
@@ -112,6 +119,9 @@ def status(context: Context) -> None:
             [(c.batch_id, c.position, c.challenge_id, c.state, format_amount(c.bond)) for c in challenges],
             title="challenges",
         )
+        if losses:
+            rows = [(node, format_amount(amount)) for node, amount in losses.items()]
+            output.table(["node", ">taken by its answers"], rows, title="lost bonds")
         output.table(["offence", "batch", "state"], [(f.kind, f.batch_id, f.state) for f in filings])
 
     output.result(data, text)

@@ -131,7 +131,7 @@ class Gateway:
                 choice = await self._choose(need, tried)
             except NoNode as error:
                 raise _unanswered(failure or error) from error
-            if signed is None or not _covers(signed.request, choice):
+            if signed is None or not _priced_for(signed.request, choice):
                 signed = await asyncio.to_thread(self._sign, ask, key, choice, live)
             tried[choice.node] = "already tried for this request"
             attempt, yielded, held = _Try(signed, choice), False, ""
@@ -148,9 +148,15 @@ class Gateway:
                 self.metrics.node_failures.labels(reason=_reason(error)).inc()
                 log.warning("attempt failed", node=choice.node, code=_reason(error), streamed=yielded)
                 if yielded:
+                    self._settle_soon(signed, choice, ask)
                     raise _unanswered(error) from error
+                # Given up before its receipt is asked for: a receipt that came first would be paid, and the next node too.
                 await self.client.abandon(signed, choice.node, "another node is asked")
+                self._settle_soon(signed, choice, ask)
                 continue
+            except BaseException:  # the client has left
+                self._settle_soon(signed, choice, ask)
+                raise
             if held:
                 yield Piece(held)
             yield await self._done(ask, attempt)
@@ -173,7 +179,7 @@ class Gateway:
         return free, barred
 
     def _sign(self, ask: Ask, key: ApiKey | None, choice: Choice, live: set[bytes]) -> SignedRequest:
-        """Sign a request that any node may answer at these prices, and set aside what it may cost."""
+        """Sign a request that any node with these prices may answer, and set aside what it may cost."""
         request = Request(
             client=self.client.signer.address,
             node=ZERO_ADDRESS,
@@ -204,7 +210,6 @@ class Gateway:
         detokenizer, stops = ask.model.tokenizer.detokenizer(), StopStrings(ask.stop)
         begun, first_token = time.monotonic(), None
         self.directory.started(choice.node)
-        complete = False
         try:
             async with aclosing(self.client.stream(choice.node, choice.url, signed, ask.model.profile)) as stream:
                 async for item in stream:
@@ -224,7 +229,6 @@ class Gateway:
                 yield text
             if attempt.answer is None:
                 attempt.answer = await self._receipt_of_cancelled(signed, choice, ask)
-            complete = True
             attempt.finish_reason = _finish_reason(attempt, stopped=stops.found)
             if _cut_short(attempt, stopped=stops.found):
                 self.directory.failed(choice.node, "ended an answer early")
@@ -236,9 +240,6 @@ class Gateway:
             blame = isinstance(error, PoipError) and not isinstance(error, InsufficientFunds | ApiError)
             self.directory.failed(choice.node, _reason(error), blame=blame)
             raise
-        finally:
-            if not complete:
-                self._settle_soon(signed, choice, ask)
 
     async def _receipt_of_cancelled(self, signed: SignedRequest, choice: Choice, ask: Ask) -> Answer | None:
         """After a stop string: the receipt for what was produced, if the node has it in time."""
@@ -356,10 +357,10 @@ class Gateway:
         await self.client.aclose()
 
 
-def _covers(request: Request, choice: Choice) -> bool:
-    """Whether a request that is signed already pays what this node asks."""
+def _priced_for(request: Request, choice: Choice) -> bool:
+    """Whether a request that is signed already pays just what this node asks: it refuses less, and more as well."""
     offer = choice.offer
-    return request.input_price >= offer.input_price and request.output_price >= offer.output_price
+    return (request.input_price, request.output_price) == (offer.input_price, offer.output_price)
 
 
 def _finish_reason(attempt: _Try, *, stopped: bool) -> str:

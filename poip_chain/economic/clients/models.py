@@ -34,7 +34,7 @@ class Models(ContractClient):
         return int(self.read("profile_count", model_id))
 
     def is_servable(self, model_id: bytes, version: int) -> bool:
-        """Whether new batches may be of this model and profile."""
+        """Whether new offers and requests may be of this model and profile."""
         return bool(self.read("is_servable", model_id, version))
 
     def deprecated_at(self, model_id: bytes) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from poip_chain.chain.rpc import Call
 from poip_chain.economic.clients.base import ContractClient
+from poip_chain.economic.locks import LockTerms
 from poip_chain.economic.parameters import parameter_key
 from poip_chain.economic.types import ParameterInfo
 from poip_chain.errors import NotFound, TransactionFailed
@@ -24,6 +25,11 @@ class Parameters(ContractClient):
     def value_at(self, name: str, revision: int) -> int:
         """The value in an earlier revision, as a batch pins it."""
         return int(self.read("value_at", parameter_key(name), revision))
+
+    def lock_terms(self) -> LockTerms:
+        """What decides how much stake the next batch locks."""
+        _, audit_rate, detection_power, reward_share, _, minimum_lock = (int(v) for v in self.read("batch_terms"))
+        return LockTerms(audit_rate, detection_power, reward_share, minimum_lock)
 
     def revision(self) -> int:
         """How many changes there were."""

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from poip_chain.errors import InvalidInput, UnsupportedModel
+from poip_chain.spec.strict_json import parse_json_object
 
 DEGRADATIONS = ("int4", "drop_layer", "noise")
 INT4_GROUP = 64
@@ -85,7 +86,7 @@ def degrade(directory: Path, out: Path, kind: str) -> None:
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    settings = json.loads((directory / "config.json").read_bytes())
+    settings = parse_json_object((directory / "config.json").read_bytes())
     with Checkpoint(directory) as checkpoint:
         if kind == "drop_layer":
             tensors = _without_layer(checkpoint, settings["num_hidden_layers"] // 2)

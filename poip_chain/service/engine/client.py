@@ -7,7 +7,6 @@ show), against the bounds of the request and against the prompt that was sent, b
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import httpx
 
 from poip_chain.errors import IntegrityError, InvalidInput, PoipError, Unavailable
 from poip_chain.spec import sampler
+from poip_chain.spec.strict_json import parse_json, parse_json_object
 from poip_chain.spec.transcript import ENTRIES_PER_POSITION, FingerprintEntry
 
 TOP_LOGPROBS = 9
@@ -251,14 +251,11 @@ class EngineClient:
                 raise Unavailable(f"the engine answered {response.status_code} to GET {path}.")
             if len(response.content) > MAX_INFO_BYTES:
                 raise IntegrityError(f"the engine's answer to GET {path} is too large.")
-            value = response.json()
+            return parse_json_object(response.content)
         except httpx.HTTPError as error:
             raise Unavailable(f"the engine at {self.base_url} does not answer: {error}") from error
-        except ValueError as error:
-            raise IntegrityError(f"the engine's answer to GET {path} is not JSON.") from error
-        if not isinstance(value, dict):
-            raise IntegrityError(f"the engine's answer to GET {path} is not a JSON object.")
-        return value
+        except InvalidInput as error:
+            raise IntegrityError(f"the engine's answer to GET {path} is not a JSON object: {error}") from error
 
 
 async def _error(response: httpx.Response) -> PoipError:
@@ -270,9 +267,9 @@ async def _error(response: httpx.Response) -> PoipError:
             break
     message = text.decode(errors="replace")[:500]
     try:
-        body = json.loads(text)
+        body = parse_json(text)
         message = str((body.get("error") or body)["message"])[:500]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (InvalidInput, KeyError, TypeError, AttributeError):
         pass
     if response.status_code in _REFUSALS:
         return InvalidInput(f"the engine refused the request: {message}")
@@ -298,8 +295,8 @@ async def _choices(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
 
 def _choice(data: bytes) -> dict[str, Any]:
     try:
-        event = json.loads(data)
-    except ValueError as error:
+        event = parse_json(data)
+    except InvalidInput as error:
         raise IntegrityError("the engine sent an event that is not JSON.") from error
     if isinstance(event, dict) and "error" in event:
         # vLLM validates a streamed request after it has sent the status line: a refusal comes as an event, too.

@@ -28,6 +28,7 @@ from poip_chain.spec import architecture
 from poip_chain.spec.merkle import merkle_root
 from poip_chain.spec.objects import ModelConfig, ModelSpec
 from poip_chain.spec.rope_scaling import RopeScaling
+from poip_chain.spec.strict_json import parse_json_object
 from poip_chain.spec.types import Hash32
 
 Progress = Callable[[str], None]
@@ -122,7 +123,7 @@ def prepare(directory: Path, progress: Progress | None = None) -> ModelHashes:
     state = _file_state(directory)
     record = directory / RECORD
     try:
-        stored = json.loads(record.read_bytes())
+        stored = parse_json_object(record.read_bytes())
         if stored["format"] == RECORD_FORMAT and stored["files"] == state:
             return ModelHashes.from_json(stored["hashes"])
     except (OSError, ValueError, KeyError, TypeError, InvalidInput):
@@ -141,7 +142,7 @@ def verify(directory: Path, progress: Progress | None = None) -> ModelHashes:
     record = directory / RECORD
     if record.is_file():
         try:
-            stored = ModelHashes.from_json(json.loads(record.read_bytes())["hashes"])
+            stored = ModelHashes.from_json(parse_json_object(record.read_bytes())["hashes"])
         except (ValueError, KeyError, TypeError, PoipError) as error:
             raise IntegrityError(f"{record} is damaged.", hint="Delete it and run `poip model prepare`.") from error
         if stored != hashes:
@@ -240,12 +241,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UnsupportedModel(f"{path} is larger than {MAX_JSON_BYTES} bytes.")
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        return parse_json_object(path.read_bytes())
+    except (OSError, InvalidInput) as error:
         raise UnsupportedModel(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise UnsupportedModel(f"{path} does not hold a JSON object.")
-    return value
 
 
 def _file_state(directory: Path) -> dict[str, list[int]]:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from poip_chain.errors import InvalidInput, InvalidSignature
+from poip_chain.service.node.ports import Backing
 from poip_chain.service.node.refusals import RequestRefused
+from poip_chain.service.node.schema import Uncommitted
 from poip_chain.spec.eip712 import Domain, parse_hex
 from poip_chain.spec.objects import Profile, Request, SamplingParams, Voucher
 from poip_chain.spec.transcript import checked_ids, prompt_root
@@ -19,6 +21,8 @@ from poip_chain.spec.types import ZERO_ADDRESS, Address, Hash32
 MAX_BODY_BYTES = 4 * 1024 * 1024
 MAX_TOTAL = 2**168
 """The log keeps a node's running total below this; no honest sum of fees comes near it."""
+STAKE_RETRY_AFTER = 30
+"""Seconds after which a client may ask a node again whose stake is taken; batches become final by and by."""
 MIN_TIME_LEFT = 2
 """Seconds before its deadline at which a request is no longer begun: a receipt must not be dated after the deadline."""
 
@@ -203,8 +207,8 @@ def check_credit(submission: Submission, account: Account, credit: Credit) -> No
     """Whether escrow and vouchers cover the request. Raises RequestRefused (402).
 
     Escrow must cover all that is not settled plus the most that this and the running requests may cost. A payer with
-    history (it has paid for something delivered) may owe up to `credit.known` for finished answers; any other may owe
-    `credit.new` in all, running requests and this one included. A prepaid voucher counts in both cases.
+    history (it has paid for something delivered) may owe up to `credit.known` for finished answers and running requests;
+    any other may owe `credit.new` in all, this request included. A prepaid voucher counts in both cases.
     """
     needed = account.payer_cum - account.settled + account.running + submission.max_fee
     if account.payer_cum + account.running + submission.max_fee >= MAX_TOTAL or needed > account.available:
@@ -216,7 +220,7 @@ def check_credit(submission: Submission, account: Account, credit: Credit) -> No
             details={"needed": str(needed), "available": str(account.available)},
         )  # fmt: skip
     known = min(account.paid, account.payer_cum) > 0
-    owed = account.payer_cum - account.paid + (0 if known else account.running + submission.max_fee)
+    owed = account.payer_cum - account.paid + account.running + (0 if known else submission.max_fee)
     if owed > (credit.known if known else credit.new):
         raise RequestRefused(
             402, "voucher_due",
@@ -227,6 +231,54 @@ def check_credit(submission: Submission, account: Account, credit: Credit) -> No
                 "payer_cum": str(account.payer_cum),
                 "prepaid_voucher": str(account.payer_cum + account.running + submission.max_fee),
             },
+        )  # fmt: skip
+
+
+def check_backing(
+    submission: Submission,
+    served: Served,
+    backing: Backing,
+    uncommitted: Uncommitted,
+    *,
+    running: int,
+    running_fees: int,
+    batch_count: int,
+) -> None:
+    """Whether the node's stake carries the request. Raises RequestRefused (402 for its prices, 503 for the stake).
+
+    A receipt that cannot be committed costs a node a share of its stake, and what a batch locks grows with its fees: a
+    client could ruin an honest node by paying too much. So nobody may pay more than the registry's offer, and the stake
+    must carry all that is signed, running (`running` requests of `running_fees` wei at most) and asked for here. A
+    batch takes up to `batch_count` receipts; each running request may end in a batch of its own.
+    """
+    request = submission.request
+    offers = [
+        (offer.input_price, offer.output_price)
+        for offer in backing.offers
+        if (bytes(offer.model_id), offer.profile_version) == (served.model_id, served.profile_version)
+    ]
+    # Clients sign the registry's prices; the settings may ask less, and the offer may have been raised meanwhile.
+    highest_input = max([served.input_price, *(price for price, _ in offers)])
+    highest_output = max([served.output_price, *(price for _, price in offers)])
+    if request.input_price > highest_input or request.output_price > highest_output:
+        raise RequestRefused(
+            402, "price_too_high",
+            f"this node takes at most {highest_input} wei per prompt token and {highest_output} per answer token; the "
+            f"request offers {request.input_price} and {request.output_price}.",
+            hint="Sign the prices of the node's offer: higher fees would lock more of its stake.",
+            param="input_price" if request.input_price > highest_input else "output_price",
+        )  # fmt: skip
+    terms = backing.terms
+    locks = sum(terms.lock(fee) for fee in uncommitted.batch_fees)
+    batches = -(-uncommitted.loose_count // batch_count) + running + 1
+    locks += terms.most(uncommitted.loose_fees + running_fees + submission.max_fee, batches)
+    if locks > backing.free_stake:
+        raise RequestRefused(
+            503, "stake_busy",
+            f"what this node has signed and runs may lock {locks} wei of stake with this request, but only "
+            f"{backing.free_stake} are free.",
+            hint="Ask for fewer tokens or another node; stake becomes free as batches become final.",
+            retry_after=STAKE_RETRY_AFTER,
         )  # fmt: skip
 
 

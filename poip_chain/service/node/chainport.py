@@ -18,7 +18,7 @@ from poip_chain.chain.rpc import Call
 from poip_chain.economic.network import Network
 from poip_chain.economic.types import BatchStatus, Offer, ReceiptInBatch
 from poip_chain.errors import NotFound
-from poip_chain.service.node.ports import Answered, Asked, Change, Committed, Ended, Escrow, SentState
+from poip_chain.service.node.ports import Answered, Asked, Backing, Change, Committed, Ended, Escrow, Rotated, SentState
 from poip_chain.service.node.schema import Duty, DutyKind
 from poip_chain.spec.objects import Batch, Part, Profile, Request, SamplingParams, Voucher
 from poip_chain.spec.offences import TranscriptRoots
@@ -65,6 +65,7 @@ class NetworkChain:
             [
                 *(network.log.event(name) for name in _LOG_EVENTS),
                 *(network.availability.event(name) for name in _AVAILABILITY_EVENTS),
+                network.registry.event("NodeKeyRotated"),
             ],
             network.deployment.block,
             confirmations,
@@ -102,10 +103,20 @@ class NetworkChain:
         """See NodeChain."""
         return self._network.models.profile(model_id, version)
 
+    def sunset(self, model_id: bytes) -> int:
+        """See NodeChain."""
+        return self._network.models.deprecated_at(model_id)
+
     def escrow(self, payer: Address) -> Escrow:
         """See NodeChain."""
         settled = self._network.vault.settled(payer, self.node)
         return Escrow(self._network.vault.available(payer, self.node), settled)
+
+    def backing(self) -> Backing:
+        """See NodeChain."""
+        next_seq = self._network.log.next_seq(self.node)
+        free = self._network.registry.free_stake(self.node)
+        return Backing(next_seq, free, self._network.parameters.lock_terms(), tuple(self.offers()))
 
     def collectable(self, payer: Address) -> int:
         """See NodeChain."""
@@ -162,7 +173,7 @@ class NetworkChain:
         """See NodeChain."""
         self._follower.commit(change.token)  # type: ignore[arg-type]
 
-    def _understand(self, event: Event) -> Committed | Ended | Asked | Answered | None:
+    def _understand(self, event: Event) -> Committed | Ended | Rotated | Asked | Answered | None:
         args = event.args
         if event.name == "BatchCommitted":
             if str(args["node"]) != self.node:
@@ -189,6 +200,8 @@ class NetworkChain:
             return Answered(DutyKind.CHALLENGE, int(args["id"]))
         if str(args["node"]) != self.node:
             return None
+        if event.name == "NodeKeyRotated":
+            return Rotated(Address(str(args["old_key"])), int(args["next_seq"]))
         if event.name == "DemandResolved":
             return Answered(DutyKind.DEMAND, int(args["id"]))
         return Asked(Duty(DutyKind.DEMAND, int(args["id"]), 0, int(args["seq"]), 0, 0, int(args["deadline"])))

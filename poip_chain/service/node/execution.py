@@ -131,6 +131,10 @@ class Executor:
         """What the payer's running requests may cost at most, wei."""
         return sum(j.submission.max_fee for j in self._jobs.values() if j.submission.request.client == payer)
 
+    def running_fees(self) -> int:
+        """What all running requests may cost at most, wei."""
+        return sum(j.submission.max_fee for j in self._jobs.values())
+
     def check_room(self, submission: Submission) -> None:
         """Raises RequestRefused (409 or 429) if the request runs already or there is no room."""
         if submission.request_hash in self._jobs:

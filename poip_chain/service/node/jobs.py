@@ -21,7 +21,7 @@ from poip_chain.service.node.collection import Collector
 from poip_chain.service.node.faults import crash_point
 from poip_chain.service.node.ledger import Ledger
 from poip_chain.service.node.metrics import WEI, NodeMetrics
-from poip_chain.service.node.ports import Answered, Asked, Change, Committed, Ended, NodeChain
+from poip_chain.service.node.ports import Answered, Asked, Change, Committed, Ended, NodeChain, Rotated
 from poip_chain.service.node.schema import BatchState, DutyKind
 from poip_chain.service.node.store import Store
 
@@ -57,16 +57,20 @@ class Jobs:
         collector: Collector,
         duties: Duties,
         metrics: NodeMetrics,
+        model_id: bytes,
         retention: float,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store, self._ledger, self._chain = store, ledger, chain
         self._batching, self._collector, self._duties = batching, collector, duties
         self._metrics, self._retention, self._clock = metrics, retention, clock
+        self._model_id = model_id
         self._last_prune = 0.0
         self._lock = threading.Lock()
         self._trouble: dict[str, str] = {}
         self.chain_time = 0
+        self.sunset = 0
+        """From when on, by chain time, the model is no longer served; 0 if it stays."""
         self.fatal: IntegrityError | None = None
 
     def trouble(self) -> dict[str, str]:
@@ -104,8 +108,16 @@ class Jobs:
         self._trouble.pop(name, None)
         return True
 
-    def _follow(self) -> None:
+    def see_time(self) -> None:
+        """Ask the chain for its time and for the model's sunset."""
         self.chain_time = self._chain.timestamp()
+        sunset = self._chain.sunset(self._model_id)
+        if sunset != self.sunset:
+            log.warning("the model's sunset was set", sunset=sunset)
+        self.sunset = sunset
+
+    def _follow(self) -> None:
+        self.see_time()
         self._metrics.chain_up.set(1)
         self._chain.step()
         for change in self._chain.changes():
@@ -128,6 +140,9 @@ class Jobs:
                 crash_point("finalised")
             self._store.set_ended(what.batch_id, state, int(self._clock()))
             log.info("batch ended", batch_id=what.batch_id, state=state.value)
+        elif isinstance(what, Rotated):
+            self._store.set_key_limit(what.old_key, None if change.removed else what.next_seq)
+            log.info("node key rotated", old_key=what.old_key, next_seq=what.next_seq, undone=change.removed)
         elif isinstance(what, Asked):
             duty = what.duty
             if duty.kind is DutyKind.CHALLENGE:

@@ -25,6 +25,7 @@ from poip_chain.service.node.admission import (
     Served,
     SignedVoucher,
     Submission,
+    check_backing,
     check_credit,
     check_deadline,
     check_submission,
@@ -36,7 +37,7 @@ from poip_chain.service.node.execution import Engine, Executor, Job
 from poip_chain.service.node.jobs import Jobs
 from poip_chain.service.node.ledger import Ledger
 from poip_chain.service.node.metrics import NodeMetrics
-from poip_chain.service.node.ports import Escrow, NodeChain
+from poip_chain.service.node.ports import Backing, Escrow, NodeChain
 from poip_chain.service.node.receipts import ReceiptWriter, read_record
 from poip_chain.service.node.refusals import RequestRefused
 from poip_chain.service.node.schema import StoredReceipt
@@ -85,6 +86,24 @@ class EscrowCache:
         return escrow
 
 
+class BackingCache:
+    """The node's free stake and what belongs to it, asked of the chain at most every `lifetime` seconds. Thread-safe."""
+
+    def __init__(self, chain: NodeChain, lifetime: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._chain, self._lifetime, self._clock = chain, lifetime, clock
+        self._known: tuple[float, Backing] | None = None
+
+    def get(self, *, fresh: bool = False) -> Backing:
+        """What stands behind the node's next receipts. Raises Unavailable without a chain."""
+        known = self._known
+        if known is not None and not fresh and self._clock() - known[0] < self._lifetime:
+            return known[1]
+        asked = self._clock()
+        backing = self._chain.backing()
+        self._known = (asked, backing)
+        return backing
+
+
 class Node:
     """See the module's docstring. `submit` and `drain` belong to the event loop; everything else is synchronous."""
 
@@ -109,13 +128,16 @@ class Node:
         self.ledger = Ledger(store)
         self._clock = clock
         full = served.full_context_fee()
-        known = settings.credit_limit if settings.credit_limit is not None else settings.capacity * full
+        # As much again for what runs: who fills the node's places may owe for as many answers when the next ones begin.
+        known = settings.credit_limit if settings.credit_limit is not None else 2 * settings.capacity * full
+        fallback = settings.credit_limit if settings.credit_limit is not None else settings.capacity * full
         self._credit = Credit(
             known=known,
-            new=settings.new_client_credit if settings.new_client_credit is not None else known,
+            new=settings.new_client_credit if settings.new_client_credit is not None else fallback,
             prepaid=settings.max_prepaid if settings.max_prepaid is not None else 1000 * full,
         )
         self._escrows = EscrowCache(chain, settings.escrow_cache)
+        self._backing = BackingCache(chain, settings.escrow_cache)
         transactions = Transactions(chain, self.ledger, clock, settings.retry_delay)
         writer = ReceiptWriter(store, key.private_key, served.log_domain, clock)
         self.executor = Executor(
@@ -157,6 +179,7 @@ class Node:
             collector=self.collector,
             duties=Duties(store, self.ledger, chain, transactions, withhold_after=settings.withhold_after),
             metrics=self.metrics,
+            model_id=served.model_id,
             retention=settings.transcript_retention,
             clock=clock,
         )
@@ -164,17 +187,32 @@ class Node:
     def check_start(self) -> None:
         """Compare database, key and chain; raises IntegrityError or ConfigurationError if this node must not sign."""
         self.ledger.retry_now()
+        self.jobs.see_time()
         self.store.check_against_chain(self.chain.next_seq(), self.chain.node_cum())
-        seq = self.store.next_seq()
-        signer = self.chain.signing_key(seq)
-        if signer != self.key_address:
-            raise ConfigurationError(
-                f"receipt {seq} of node {self.chain.node} must be signed by {signer}, not by {self.key_address}.",
-                hint="Register the node, or give the key that is valid now.",
-            )
+        self._check_key(self.chain.next_seq(), self.store.next_seq())
         endpoint = self.settings.public_endpoint
         if len(endpoint) > MAX_LOCATOR_BYTES or not endpoint.isascii():
             raise ConfigurationError(f"the endpoint must be at most {MAX_LOCATOR_BYTES} ASCII characters.")
+
+    def _check_key(self, committed: int, next_seq: int) -> None:
+        """A batch is sent by the key of its first receipt, so a key has work until its last receipt is committed."""
+        waiting = committed < next_seq
+        first = committed if waiting else next_seq
+        key = self.chain.signing_key(first)
+        if key != self.key_address:
+            why = f"receipt {first} of node {self.chain.node} is the key {key}'s, not {self.key_address}'s"
+            raise ConfigurationError(
+                f"{why}, and it waits to be committed." if waiting else f"{why}.",
+                hint="Register the node, or give that key. After a rotation the old key commits its own receipts first.",
+            )
+        if self.chain.signing_key(next_seq) != self.key_address and self.store.key_limit(self.key_address) is None:
+            self.store.set_key_limit(self.key_address, next_seq)
+        limit = self.store.key_limit(self.key_address)
+        if limit is not None and next_seq >= limit and not waiting:
+            raise ConfigurationError(
+                f"receipt {next_seq} of node {self.chain.node} will be another key's: this one signs those below {limit}.",
+                hint="Start the node with its new key when that has taken effect.",
+            )
 
     async def submit(self, submission: Submission) -> Job | Stored:
         """Admit a request, or find that it was answered before. Raises PoipError for every refusal."""
@@ -189,13 +227,16 @@ class Node:
         # By the wall clock, which also dates the receipt; chain time plays no part in an answer.
         check_deadline(submission.request, int(self._clock()))
         escrow = await asyncio.to_thread(self._escrows.get, payer)
+        backing = await asyncio.to_thread(self._backing.get)
         try:
-            return self._start(submission, escrow)
+            return self._start(submission, escrow, backing)
         except RequestRefused as refusal:
-            if refusal.code != "insufficient_escrow":
+            if refusal.code not in ("insufficient_escrow", "price_too_high", "stake_busy"):
                 raise
-        # The figures may be older than the deposit that the client just made.
-        return self._start(submission, await asyncio.to_thread(self._escrows.get, payer, fresh=True))
+        # The figures may be older than a deposit, a new offer or a batch that just became final.
+        escrow = await asyncio.to_thread(self._escrows.get, payer, fresh=True)
+        backing = await asyncio.to_thread(self._backing.get, fresh=True)
+        return self._start(submission, escrow, backing)
 
     def _check_committing(self) -> None:
         """A receipt that cannot be committed is worth nothing to the client and may cost the node its stake."""
@@ -206,8 +247,26 @@ class Node:
                 f"this node takes no requests: it cannot commit its receipts ({self.jobs.fatal or self.batching.blocked}).",
                 retry_after=60,
             )
+        # A batch interval early: what is signed is committed about then, and the log's grace stays for what goes wrong.
+        now = max(self._clock(), self.jobs.chain_time)
+        if self.jobs.sunset and now + self.settings.batch_age >= self.jobs.sunset:
+            raise RequestRefused(
+                503,
+                "model_sunset",
+                f"this node takes no requests: its model is served until {self.jobs.sunset} (now {int(now)}).",
+                hint="Ask for a model that stays: `poip model list` shows them.",
+                retry_after=60,
+            )
+        limit = self.store.key_limit(self.key_address)
+        if limit is not None and self.store.next_seq() + self.executor.running() >= limit:
+            raise RequestRefused(
+                503,
+                "key_rotated",
+                "this node takes no requests: its next receipts are for its new key.",
+                retry_after=60,
+            )
 
-    def _start(self, submission: Submission, escrow: Escrow) -> Job | Stored:
+    def _start(self, submission: Submission, escrow: Escrow, backing: Backing) -> Job | Stored:
         """The last checks and the start, without a pause in between in which another request could slip in."""
         # It may have been answered while the escrow was asked for.
         if (known := self._stored(submission)) is not None:
@@ -227,6 +286,15 @@ class Node:
             if refusal.code == "voucher_due" and refusal.details is not None:
                 refusal.details["unpaid_requests"] = ["0x" + h.hex() for h in self.store.unpaid(payer, 16)]
             raise
+        check_backing(
+            submission,
+            self.served,
+            backing,
+            self.store.uncommitted(backing.next_seq),
+            running=self.executor.running(),
+            running_fees=self.executor.running_fees(),
+            batch_count=self.settings.batch_count,
+        )
         return self.executor.start(submission)
 
     def _stored(self, submission: Submission) -> Stored | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from poip_chain.economic.locks import LockTerms
 from poip_chain.economic.types import BatchStatus, Offer, ReceiptInBatch
 from poip_chain.service.node.schema import Duty, DutyKind
 from poip_chain.spec.eip712 import Domain
@@ -25,6 +26,17 @@ class Escrow:
 
     available: int
     settled: int
+
+
+@dataclass(frozen=True, slots=True)
+class Backing:
+    """What stands behind the receipts from number `next_seq` on: stake (wei) that no batch below it has locked, the
+    terms of the next lock, and the offers that clients see in the registry."""
+
+    next_seq: int
+    free_stake: int
+    terms: LockTerms
+    offers: tuple[Offer, ...]
 
 
 class SentState(StrEnum):
@@ -52,6 +64,14 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
+class Rotated:
+    """The operator gave the receipts from `next_seq` on to another key than `old_key`."""
+
+    old_key: Address
+    next_seq: int
+
+
+@dataclass(frozen=True, slots=True)
 class Asked:
     """A challenge or demand against this node was filed."""
 
@@ -74,7 +94,7 @@ class Change:
     in the batch as its duty's seq: only the database knows which batches are this node's.
     """
 
-    what: Committed | Ended | Asked | Answered | None
+    what: Committed | Ended | Rotated | Asked | Answered | None
     removed: bool
     token: object
 
@@ -106,8 +126,14 @@ class NodeChain(Protocol):
     def profile(self, model_id: bytes, version: int) -> Profile:
         """A model's profile."""
 
+    def sunset(self, model_id: bytes) -> int:
+        """From when on the model is no longer served, Unix seconds; 0 if it stays."""
+
     def escrow(self, payer: Address) -> Escrow:
         """`settled` is read before `available`, so that a collect in between makes the payer poorer, never richer."""
+
+    def backing(self) -> Backing:
+        """`next_seq` is read before `free_stake`: a commit in between is counted twice, never not at all."""
 
     def collectable(self, payer: Address) -> int:
         """What a collect could draw now, thawing included, wei."""

@@ -17,6 +17,8 @@ SCHEMA_VERSION = 1
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta(name TEXT PRIMARY KEY, value TEXT NOT NULL);
 
+CREATE TABLE IF NOT EXISTS key_limits(key TEXT PRIMARY KEY, next_seq INTEGER NOT NULL);
+
 CREATE TABLE IF NOT EXISTS receipts(
     seq INTEGER PRIMARY KEY,
     request_hash BLOB NOT NULL UNIQUE,
@@ -134,6 +136,15 @@ class StoredBatch:
     composed_at: int
     state: BatchState
     batch: Batch | None
+
+
+@dataclass(frozen=True, slots=True)
+class Uncommitted:
+    """Receipts that lock no stake yet: the fees of each batch composed, and of the `loose_count` receipts in none."""
+
+    batch_fees: tuple[int, ...]
+    loose_fees: int
+    loose_count: int
 
 
 @dataclass(frozen=True, slots=True)

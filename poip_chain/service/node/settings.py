@@ -45,15 +45,23 @@ class NodeSettings(BaseModel):
     capacity: int = Field(16, ge=1, le=4096, description="requests that may run at the same time")
 
     credit_limit: int | None = Field(
-        None, ge=0, description="most a payer with history may owe in vouchers; default: capacity full contexts"
+        None,
+        ge=0,
+        description="most a payer with history may owe in vouchers, running requests included; default: twice capacity "
+        "full contexts",
     )
     new_client_credit: int | None = Field(
-        None, ge=0, description="most a payer that never paid may cost; 0: prepaid only; default: as credit_limit"
+        None,
+        ge=0,
+        description="most a payer that never paid may cost; 0: prepaid only; default: credit_limit, else capacity full "
+        "contexts",
     )
     max_prepaid: int | None = Field(
         None, ge=0, description="most that vouchers may run ahead of receipts; default: 1000 full contexts"
     )
-    escrow_cache: float = Field(1.0, ge=0, description="how long a payer's escrow, once read, is believed")
+    escrow_cache: float = Field(
+        1.0, ge=0, description="how long a payer's escrow and the node's free stake, once read, are believed"
+    )
 
     stall_timeout: float = Field(60.0, gt=0, description="silence of the engine after which a request has failed")
     heartbeat: float = Field(5.0, gt=0)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from poip_chain.chain.private_files import PRIVATE_DIRECTORY, prepare_private
 from poip_chain.errors import ConfigurationError, IntegrityError, NotFound
 from poip_chain.service.node.faults import crash_point
 from poip_chain.service.node.schema import (
@@ -30,6 +31,7 @@ from poip_chain.service.node.schema import (
     StoredBatch,
     StoredReceipt,
     StoredVoucher,
+    Uncommitted,
 )
 from poip_chain.spec.merkle import merkle_root
 from poip_chain.spec.objects import Batch, Receipt, Voucher
@@ -62,7 +64,7 @@ class Store:
 
     def __init__(self, path: Path, *, node: Address, chain_id: int, log: Address) -> None:
         self.node = node
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=PRIVATE_DIRECTORY, parents=True, exist_ok=True)
         self._lock_file = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,6 +74,7 @@ class Store:
                 f"another process uses {path}.",
                 hint="Two nodes with one key would sign two receipts for one number. Stop the other one first.",
             ) from error
+        prepare_private(path)
         self._db = self._connect(path)
         self._reader = self._connect(path)
         self._lock, self._read_lock = threading.RLock(), threading.Lock()
@@ -121,6 +124,18 @@ class Store:
         """Read what is committed."""
         with self._read_lock:
             return self._reader.execute(sql, values).fetchall()
+
+    def set_key_limit(self, key: Address, next_seq: int | None) -> None:
+        """Receipts from `next_seq` on are another key's than `key`; None: a reorganisation undid that."""
+        with self.transaction() as db:
+            db.execute("DELETE FROM key_limits WHERE key = ?", (key,))
+            if next_seq is not None:
+                db.execute("INSERT INTO key_limits VALUES(?, ?)", (key, next_seq))
+
+    def key_limit(self, key: Address) -> int | None:
+        """The first receipt number that is no longer `key`'s; None while all are."""
+        rows = self.rows("SELECT next_seq FROM key_limits WHERE key = ?", key)
+        return int(rows[0][0]) if rows else None
 
     # ---------------------------------------------------------------- receipts
 
@@ -212,6 +227,14 @@ class Store:
         seq = self.next_seq()
         unbatched = self.rows("SELECT count(*) FROM receipts WHERE first_seq IS NULL")[0][0]
         return seq, self.node_cum_before(seq), int(unbatched)
+
+    def uncommitted(self, chain_next_seq: int) -> Uncommitted:
+        """What the chain does not cover yet, given the first receipt number that it does not cover."""
+        # In this order: receipts that are put into a batch in between are counted twice, never not at all.
+        loose = self.rows("SELECT min(seq), count(*) FROM receipts WHERE first_seq IS NULL")[0]
+        fees = 0 if loose[0] is None else self.node_cum_before(loose[0] + loose[1]) - self.node_cum_before(loose[0])
+        composed = self.rows("SELECT total_fee FROM batches WHERE first_seq >= ?", chain_next_seq)
+        return Uncommitted(tuple(int(row[0]) for row in composed), fees, int(loose[1]))
 
     def unpaid(self, payer: Address, limit: int) -> list[bytes]:
         """Request hashes of the payer's oldest receipts beyond what its vouchers cover, at most `limit`, in order."""
