@@ -5,7 +5,7 @@ the number must not be below one that the node has given out.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -82,10 +82,12 @@ def _refuse_by_answer(node: Address, endpoint: str) -> None:
             for chunk in response.iter_bytes():
                 body += chunk
                 if len(body) > MAX_INFO_BYTES:
-                    raise InvalidInput(f"{endpoint} answered more than {MAX_INFO_BYTES} bytes.")
-        info = parse_json_object(body)
+                    raise InvalidInput(
+                        f"{endpoint} answered more than {MAX_INFO_BYTES} bytes.", hint="Give --next-seq."
+                    )
+        info = _answer(endpoint, body)
         next_seq, running, stated = info["next_seq"], info["running"], info["node"]
-    except (httpx.HTTPError, httpx.InvalidURL, InvalidInput, KeyError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, KeyError) as error:
         raise Unavailable(
             f"the next receipt number of {node} is not known: its database is not in this data directory, and "
             f"{endpoint} does not say it.",
@@ -95,6 +97,13 @@ def _refuse_by_answer(node: Address, endpoint: str) -> None:
     if stated != node or any(type(n) is not int or not 0 <= n < 2**56 for n in (next_seq, running)):
         raise InvalidInput(f"{endpoint} does not answer as node {node} does.", hint="Give --next-seq.")
     raise _still_signing(node, next_seq, running)
+
+
+def _answer(endpoint: str, body: bytes) -> dict[str, Any]:
+    try:
+        return parse_json_object(body)
+    except InvalidInput as error:
+        raise InvalidInput(f"{endpoint} does not answer as a node does: {error}", hint="Give --next-seq.") from error
 
 
 def _still_signing(node: Address, next_seq: int, running: int) -> ConfigurationError:
