@@ -68,10 +68,12 @@ def _read_profile(path: Path) -> Profile:
 
     try:
         if path.stat().st_size > MAX_PROFILE_BYTES:
-            raise InvalidInput(f"{path} is too large for a profile.")
+            raise InvalidInput("it is too large.")
         return profile_from_json(parse_json(path.read_bytes()))
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read: {error}.") from error
+    except InvalidInput as error:
+        raise InvalidInput(f"{path} holds no profile: {error}") from error
 
 
 @command.command("list")
