@@ -115,7 +115,8 @@ def spoilt(node: ScriptedNode, offence: str) -> Batch:
         return node.commit(node.answer(receipt_changes=changes))
     if offence == "node_total":
         first = node.answer()
-        second = node.answer(receipt_changes={"node_cum": node.node_cum + 10**18})
+        # One unit that belongs to no receipt, within the batch's total: only two receipts side by side show it.
+        second = node.answer(receipt_changes={"node_cum": node.answer(book=False).receipt.node_cum + 1})
         return node.commit(first, second, node.answer())
     if offence == "early_end":
         return node.commit(node.answer(transcript_changes={"output_ids": (300, 2, 302, 303, 304)}))
