@@ -2,8 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
 VENV := .venv/bin
 PYTEST := $(VENV)/python -m pytest
-# Tests that compute: in as many processes as there are cores, grouped by tests/conftest.py. The others mostly wait for
-# processes and clocks of their own, and run one after the other.
+# In as many processes as there are cores, grouped by tests/conftest.py: first the tests that compute, then those that
+# mostly wait for processes of their own. Real engines, last, need the whole machine.
 COMPUTING := tests/unit tests/contracts tests/attack
 SPREAD := -n logical --maxprocesses 4 --dist loadfile
 
@@ -28,7 +28,8 @@ test: setup ## lint and every test, the real engine included; all of it runs, an
 	@status=0; \
 	$(VENV)/python -m build_tools.lint || status=$$?; \
 	OMP_NUM_THREADS=1 $(PYTEST) $(SPREAD) $(COMPUTING) || status=$$?; \
-	$(PYTEST) $(COMPUTING:%=--ignore=%) || status=$$?; \
+	$(PYTEST) $(SPREAD) tests/integration || status=$$?; \
+	$(PYTEST) $(patsubst %,--ignore=%,$(COMPUTING) tests/integration) || status=$$?; \
 	exit $$status
 
 test-fast: setup ## unit, contract and attack tests: what needs neither processes nor patience
