@@ -2,10 +2,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
 VENV := .venv/bin
 PYTEST := $(VENV)/python -m pytest
-# In as many processes as there are cores, grouped by tests/conftest.py: first the tests that compute, then those that
-# mostly wait for processes of their own. Real engines, last, need the whole machine.
-COMPUTING := tests/unit tests/contracts tests/attack
-SPREAD := -n logical --maxprocesses 4 --dist loadfile
+# In as many processes as there are cores, grouped by tests/conftest.py, the longest groups first: the tests that compute,
+# then those that mostly wait for processes of their own. Real engines, last, need the whole machine.
+COMPUTING := tests/contracts tests/attack tests/unit
+SPREAD := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo up down test test-fast lint bench ape ape-setup lock clean
 

@@ -16,8 +16,8 @@ APART = "tests/contracts/test_gas.py"
 class Shares(LoadScopeScheduling):
     """Each file's tests run in one process, and in one process, too, do all tests that deploy contracts.
 
-    Compiling and deploying is the dearest part of those: a second process would do it all over, at the same time. The
-    share with the most tests, which is theirs, starts first, and the other processes take the files beside it.
+    Compiling and deploying is the dearest part of those: a second process would do it all over, at the same time. Named
+    first on the command line, their share starts first, and the other processes take the files beside it.
     """
 
     def _split_scope(self, nodeid: str) -> str:
