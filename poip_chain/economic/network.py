@@ -10,6 +10,7 @@ from typing import Literal
 
 from poip_chain.chain.deployment import Deployment
 from poip_chain.chain.rpc import Chain
+from poip_chain.economic.clients.court import Accusations, Contests
 from poip_chain.economic.clients.disputes import Availability, Offences
 from poip_chain.economic.clients.log import Log
 from poip_chain.economic.clients.models import Models
@@ -87,3 +88,13 @@ class Network:
     def availability(self) -> Availability:
         """Availability."""
         return Availability(self.chain, self.address(Availability.NAME))
+
+    @cached_property
+    def accusations(self) -> Accusations:
+        """Accusations."""
+        return Accusations(self.chain, self.address(Accusations.NAME))
+
+    @cached_property
+    def contests(self) -> Contests:
+        """Contests."""
+        return Contests(self.chain, self.address(Contests.NAME))
