@@ -11,18 +11,22 @@ from xdist.scheduler import LoadScopeScheduling
 WITH_CONTRACTS = ("tests/contracts/", "tests/attack/")
 # Runs on the devnet, with the runtime's own compiled contracts.
 APART = "tests/contracts/test_gas.py"
+# Files whose names have one of these words need the court's contracts too.
+COURT = ("referee", "scoring", "accusations", "contests", "court", "moves")
 
 
 class Shares(LoadScopeScheduling):
-    """Each file's tests run in one process, and in one process, too, do all tests that deploy contracts.
+    """Each file's tests run in one process; those that deploy contracts make two groups: with the court and without.
 
-    Compiling and deploying is the dearest part of those: a second process would do it all over, at the same time. Named
-    first on the command line, their share starts first, and the other processes take the files beside it.
+    Compiling and deploying is the dearest part of those: more processes would do it all over, at the same time. Named
+    first on the command line, the two groups start first, and then the other files.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.split("::", 1)[0]
-        return "contracts" if path.startswith(WITH_CONTRACTS) and path != APART else path
+        if not path.startswith(WITH_CONTRACTS) or path == APART:
+            return path
+        return "court" if any(word in path for word in COURT) else "contracts"
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Shares | None:
