@@ -228,9 +228,12 @@ class NodeClient:
         finally:
             self._active.discard(attempt)
 
-    async def abandon(self, signed: SignedRequest, node: Address, reason: str) -> None:
-        """Give an attempt up before asking another node: a receipt that `node` still makes is kept and not paid."""
-        await asyncio.to_thread(self.ledger.abandon, signed.request_hash, node, reason)
+    async def abandon(self, signed: SignedRequest, node: Address, reason: str) -> str:
+        """Give an attempt up before asking another node: a receipt that `node` still makes is kept and not paid.
+
+        Returns the attempt's state: "checked" if its receipt came first and is paid (see Ledger.abandon).
+        """
+        return await asyncio.to_thread(self.ledger.abandon, signed.request_hash, node, reason)
 
     # --- one exchange ------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 
+from poip_chain.chain.endpoints import node_transport
 from poip_chain.control.checks import end_ids
 from poip_chain.control.client import Answer, KeySigner, NodeClient, Timeouts
 from poip_chain.control.ledger import Ledger
@@ -24,7 +25,7 @@ from poip_chain.control.view import ChainView
 from poip_chain.errors import InvalidInput, PoipError
 from poip_chain.spec.objects import Request, SamplingParams, Voucher
 from poip_chain.spec.transcript import prompt_root
-from poip_chain.spec.types import ZERO_ADDRESS, Address
+from poip_chain.spec.types import Address
 
 LIFETIME_SECONDS = 300
 
@@ -66,7 +67,8 @@ class DirectClient:
 
         ledger = Ledger(path, signer.address, view.vault_domain, sign)
         try:
-            async with httpx.AsyncClient(follow_redirects=False, trust_env=False) as http:
+            transport = node_transport(private_endpoints)
+            async with httpx.AsyncClient(transport=transport, follow_redirects=False, trust_env=False) as http:
                 client = NodeClient(http, signer, view, ledger, timeouts or Timeouts())
                 yield cls(view, client, NodeDirectory(view, http, private_endpoints))
                 await client.aclose()
@@ -105,7 +107,7 @@ class DirectClient:
         now = await asyncio.to_thread(self._view.timestamp)
         request = Request(
             client=self.client.signer.address,
-            node=question.node or ZERO_ADDRESS,
+            node=choice.node,
             model_id=question.model_id,
             profile_version=question.profile_version,
             prompt_root=prompt_root(question.prompt_ids),

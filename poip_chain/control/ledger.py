@@ -12,7 +12,9 @@ Rules kept here, each inside one transaction:
 * a voucher's `cumulative` is the sum of the fees of checked receipts of that node, in the order of payer_cum, and it
   names the receipt that it runs up to; it waits for earlier receipts that are still on their way;
 * a prepaid voucher (no receipt named) never exceeds that sum plus the most that open requests can cost;
-* an escrow is promised once: open requests reserve their maximum fee.
+* an escrow is promised once: open requests reserve their maximum fee;
+* a node's running total must be explained: it is at most what was settled when this account began, plus the fees of the
+  receipts that are known, plus the maximum fee of each request whose receipt may exist and is not known.
 
 Knows nothing of HTTP or of the chain. Amounts are wei, kept as decimal text because SQLite integers have 64 bits.
 """
@@ -40,7 +42,7 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS accounts (
     node TEXT PRIMARY KEY, accepted TEXT NOT NULL, covered TEXT NOT NULL, signed TEXT NOT NULL,
-    blocked TEXT NOT NULL DEFAULT '');
+    blocked TEXT NOT NULL DEFAULT '', explained TEXT NOT NULL DEFAULT '0');
 CREATE TABLE IF NOT EXISTS requests (
     request_hash TEXT PRIMARY KEY, body TEXT NOT NULL, deadline INTEGER NOT NULL, created_at INTEGER NOT NULL,
     paid_node TEXT);
@@ -54,7 +56,8 @@ CREATE TABLE IF NOT EXISTS vouchers (
     signature TEXT NOT NULL, delivered INTEGER NOT NULL DEFAULT 0, note TEXT NOT NULL DEFAULT '');
 CREATE INDEX IF NOT EXISTS vouchers_undelivered ON vouchers (delivered, node);
 """
-# `settled` marks an attempt that needs no more work: nothing is owed, or its voucher is signed.
+# `settled` marks an attempt that needs no more work: nothing is owed, or its voucher is signed. `explained` is how far
+# the settled attempts let a node's payer_cum have come; those that are not settled are added when it is needed.
 
 MAX_REASON = 300
 """Reasons may quote a node; they are cut so that a hostile one cannot fill the disk."""
@@ -130,6 +133,7 @@ class Ledger:
         self._db.row_factory = sqlite3.Row
         # FULL: a committed transaction survives power loss, which is what "written before it leaves" means.
         self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON;" + SCHEMA)
+        self._explain_old_accounts()
         owner = {"payer": payer, "chain_id": str(vault.chain_id), "vault": vault.verifying_contract}
         for name, value in owner.items():
             self._db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (name, value))
@@ -158,7 +162,10 @@ class Ledger:
         request_hash = signed.request_hash.hex()
         with self._transaction() as db:
             start = str(settled)
-            db.execute("INSERT OR IGNORE INTO accounts VALUES (?, ?, ?, ?, '')", (node, start, start, start))
+            db.execute(
+                "INSERT OR IGNORE INTO accounts (node, accepted, covered, signed, explained) VALUES (?, ?, ?, ?, ?)",
+                (node, start, start, start, start),
+            )
             account = self._account(node)
             if account.blocked:
                 raise Refused(f"node {node} is blocked: {account.blocked}")
@@ -212,21 +219,27 @@ class Ledger:
         """No receipt exists and none can come in time: nothing is owed."""
         return self._close(request_hash, node, "void", reason)
 
-    def abandon(self, request_hash: bytes, node: Address, reason: str) -> None:
-        """The client gives this attempt up and may ask another node: a receipt that still turns up is not paid."""
+    def abandon(self, request_hash: bytes, node: Address, reason: str) -> str:
+        """The client gives this attempt up and may ask another node: a receipt that still turns up is not paid.
+
+        Returns the attempt's state after this, "" if it was never opened. "checked" says that its receipt was accepted
+        before: it is paid, so nobody else may be asked. Its maximum fee stays reserved until its fate is known.
+        """
         with self._transaction() as db:
             db.execute(
                 "UPDATE attempts SET state = 'abandoned', reason = ? "
                 "WHERE request_hash = ? AND node = ? AND state = 'open'",
                 (reason[:MAX_REASON], request_hash.hex(), node),
             )
+            row = self._row(request_hash.hex(), node)
+            return "" if row is None else str(row["state"])
 
     def reject(
         self, request_hash: bytes, node: Address, reason: str, receipt: Receipt | None, signature: bytes
     ) -> None:
         """The node's answer broke a rule: it is not paid, its receipt is kept as evidence, the node is blocked."""
         with self._transaction() as db:
-            db.execute(
+            changed = db.execute(
                 "UPDATE attempts SET state = 'bad', settled = 1, reason = ?, receipt = ?, signature = ? "
                 "WHERE request_hash = ? AND node = ? AND state IN ('open', 'abandoned')",
                 (
@@ -236,7 +249,9 @@ class Ledger:
                     request_hash.hex(),
                     node,
                 ),
-            )
+            ).rowcount
+            if changed:
+                self._explain(node, int(self._known_row(request_hash.hex(), node)["max_fee"]))
             db.execute("UPDATE accounts SET blocked = ? WHERE node = ?", (reason[:MAX_REASON], node))
 
     def accept(self, receipt: Receipt, signature: bytes) -> tuple[str, list[SignedVoucher]]:
@@ -244,7 +259,7 @@ class Ledger:
 
         Returns the attempt's state: "checked", or "unpaid" if the attempt was abandoned or the request is paid at
         another node. Raises BadAnswer, and changes nothing, if the receipt contradicts another receipt of this node:
-        a second one for the request, or an interval of payer_cum that overlaps.
+        a second one for the request, or an interval of payer_cum that overlaps or lies beyond what can be explained.
         """
         node, request_hash = receipt.node, receipt.request_hash.hex()
         with self._transaction() as db:
@@ -345,9 +360,16 @@ class Ledger:
         return int(row[0] or 0)
 
     def unblock(self, node: Address) -> None:
-        """Deal with a node again after its wrong answer was looked into."""
+        """Deal with a node again after its wrong answer was looked into.
+
+        Running totals that it stated in the meantime count as explained: this is how a new ledger takes over from one
+        that was lost, whose receipts it cannot know.
+        """
         with self._transaction() as db:
-            db.execute("UPDATE accounts SET blocked = '' WHERE node = ?", (node,))
+            rows = db.execute("SELECT receipt FROM attempts WHERE node = ? AND state = 'bad'", (node,)).fetchall()
+            stated = [Receipt.from_json(json.loads(row["receipt"])).payer_cum for row in rows if row["receipt"]]
+            explained = max([self._explained(node), *stated])
+            db.execute("UPDATE accounts SET blocked = '', explained = ? WHERE node = ?", (str(explained), node))
 
     # --- inside a transaction ----------------------------------------------------------------------------------
 
@@ -366,6 +388,11 @@ class Ledger:
         row: sqlite3.Row | None = self._db.execute(
             "SELECT * FROM attempts WHERE request_hash = ? AND node = ?", (request_hash, node)
         ).fetchone()
+        return row
+
+    def _known_row(self, request_hash: str, node: Address) -> sqlite3.Row:
+        row = self._row(request_hash, node)
+        assert row is not None
         return row
 
     def _account(self, node: Address) -> Account:
@@ -399,6 +426,40 @@ class Ledger:
                     f"node {receipt.node} charges the interval ({low}, {high}] of payer_cum for request "
                     f"0x{receipt.request_hash.hex()}, of which ({start}, {end}] is charged already.",
                 )
+        explained = self._explained(receipt.node) + receipt.fee
+        for attempt in self._db.execute("SELECT * FROM attempts WHERE node = ? AND settled = 0", (receipt.node,)):
+            if attempt["state"] in ("checked", "unpaid"):
+                explained += Receipt.from_json(json.loads(attempt["receipt"])).fee
+            elif attempt["request_hash"] != receipt.request_hash.hex():
+                explained += int(attempt["max_fee"])
+        if high > explained:
+            raise BadAnswer(
+                "payer total",
+                f"node {receipt.node} states a total of {high} wei for request 0x{receipt.request_hash.hex()}, but all "
+                f"that this ledger ever asked of it explains {explained}.",
+                hint="If another ledger paid with this key, or one was lost, look into it and unblock the node.",
+            )
+
+    def _explained(self, node: Address) -> int:
+        return int(self._db.execute("SELECT explained FROM accounts WHERE node = ?", (node,)).fetchone()["explained"])
+
+    def _explain(self, node: Address, amount: int) -> None:
+        self._db.execute(
+            "UPDATE accounts SET explained = ? WHERE node = ?", (str(self._explained(node) + amount), node)
+        )
+
+    def _explain_old_accounts(self) -> None:
+        """A ledger from before `explained` was kept: what it took without asking stays taken."""
+        names = [row["name"] for row in self._db.execute("PRAGMA table_info(accounts)")]
+        if "explained" in names:
+            return
+        with self._transaction() as db:
+            db.execute("ALTER TABLE accounts ADD COLUMN explained TEXT NOT NULL DEFAULT '0'")
+            for account in db.execute("SELECT node, covered FROM accounts").fetchall():
+                lost = db.execute(
+                    "SELECT max_fee FROM attempts WHERE node = ? AND state IN ('void', 'bad')", (account["node"],)
+                ).fetchall()
+                self._explain(account["node"], int(account["covered"]) + sum(int(row["max_fee"]) for row in lost))
 
     def _due(self, node: Address) -> list[SignedVoucher]:
         """Sign for receipts in the order of payer_cum, up to the first gap that a live request may still fill."""
@@ -412,6 +473,7 @@ class Ledger:
             if receipt.payer_cum - receipt.fee > covered and live:
                 break
             covered = max(covered, receipt.payer_cum)
+            self._explain(node, receipt.fee)
             if attempt["state"] == "checked" and receipt.fee:
                 accepted += receipt.fee
                 vouchers.append(self._voucher(node, attempt["url"], accepted, receipt.struct_hash()))
@@ -439,11 +501,14 @@ class Ledger:
 
     def _close(self, request_hash: bytes, node: Address, state: str, reason: str) -> list[SignedVoucher]:
         with self._transaction() as db:
-            db.execute(
+            changed = db.execute(
                 "UPDATE attempts SET state = ?, settled = 1, reason = ? WHERE request_hash = ? AND node = ? "
                 "AND state IN ('open', 'abandoned')",
                 (state, reason[:MAX_REASON], request_hash.hex(), node),
-            )
+            ).rowcount
+            if changed and state == "void":
+                # Its receipt may have been made and lost on the way: an honest node's later totals contain it.
+                self._explain(node, int(self._known_row(request_hash.hex(), node)["max_fee"]))
             self._forget_prompt(request_hash.hex())
             return self._due(node)
 

@@ -11,9 +11,7 @@ only ever lowers its chance. Endpoints come from strangers: only plain http(s) U
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import random
-import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,9 +20,10 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from poip_chain.chain.endpoints import public_addresses
 from poip_chain.control.client import call_json
 from poip_chain.control.view import ChainView, Offer, RegisteredNode
-from poip_chain.errors import InvalidInput, PoipError, Unavailable
+from poip_chain.errors import InvalidInput, PoipError, Refused, Unavailable
 from poip_chain.spec.eip712 import checked
 from poip_chain.spec.types import Address
 
@@ -339,7 +338,8 @@ class NodeDirectory:
 def endpoint_problem(endpoint: str, private_allowed: bool) -> str:
     """Why a registered endpoint is not called, "" if it may be. Resolves the name, so it blocks.
 
-    A public gateway must not be made to knock on its own network's doors by whoever registers a node.
+    A public gateway must not be made to knock on its own network's doors by whoever registers a node. This says so
+    early and in words; what is connected to is decided again, for each connection, by the client's transport.
     """
     try:
         parts = urlsplit(endpoint)
@@ -351,11 +351,10 @@ def endpoint_problem(endpoint: str, private_allowed: bool) -> str:
     if private_allowed:
         return ""
     try:
-        found = socket.getaddrinfo(parts.hostname, port or (443 if parts.scheme == "https" else 80))
+        public_addresses(parts.hostname, port or (443 if parts.scheme == "https" else 80))
     except OSError:
         return "the host of its endpoint is not known"
-    addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
-    if any(not address.is_global for address in addresses):
+    except Refused:
         return "its endpoint lies in a private network"
     return ""
 

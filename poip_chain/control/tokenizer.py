@@ -40,6 +40,16 @@ MAX_HELD_TOKENS = 16
 """A character has at most four bytes, so more tokens than this without a whole character are no text: let them go."""
 
 
+NORMALIZED_SHRINK = 4
+"""A Unicode normal form makes at most one byte of four (a mathematical letter of four bytes becomes an ASCII one)."""
+
+
+class TooLong(InvalidInput):
+    """A text that no model's context can hold."""
+
+    code = "context_length_exceeded"
+
+
 class Tokenizer:
     """One model's tokenizer and chat template. Safe for many threads."""
 
@@ -60,13 +70,27 @@ class Tokenizer:
                 )
         return cls(directory)
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> tuple[int, ...]:
-        """Token ids of a conversation, up to the point where the assistant speaks. Raises InvalidInput."""
-        return self._encode(self.render_chat(messages), special=False)
+    def encode_chat(self, messages: Sequence[dict[str, Any]], *, most: int | None = None) -> tuple[int, ...]:
+        """Token ids of a conversation, up to the point where the assistant speaks. `most`: see `most_bytes`.
 
-    def encode_text(self, text: str) -> tuple[int, ...]:
-        """Token ids of plain text, with whatever the tokenizer puts before a text (such as BOS)."""
-        return self._encode(text, special=True)
+        Raises InvalidInput; TooLong before any work is done on a text that cannot have `most` tokens or fewer.
+        """
+        return self._encode(self.render_chat(messages), special=False, most=most)
+
+    def encode_text(self, text: str, *, most: int | None = None) -> tuple[int, ...]:
+        """Token ids of plain text, with whatever the tokenizer puts before a text (such as BOS); else as encode_chat."""
+        return self._encode(text, special=True, most=most)
+
+    def most_bytes(self, tokens: int) -> int:
+        """The most UTF-8 bytes that a text of so many tokens is taken to have.
+
+        No token stands for more bytes than the longest in the vocabulary. A normalizer may shrink a text before that,
+        which is allowed for as far as the Unicode normal forms go. A tokenizer that drops more than that (long runs of
+        spaces, say) could take more text than this; such a text is refused, which is a clear answer and never a wrong
+        one.
+        """
+        shrink = 1 if self._tokenizer.normalizer is None else NORMALIZED_SHRINK
+        return tokens * self._longest_token * shrink
 
     def render_chat(self, messages: Sequence[dict[str, Any]]) -> str:
         """The conversation as the model's chat template writes it. Raises InvalidInput if the template refuses it."""
@@ -92,12 +116,23 @@ class Tokenizer:
         """A fresh incremental detokenizer."""
         return Detokenizer(self.decode)
 
-    def _encode(self, text: str, *, special: bool) -> tuple[int, ...]:
+    def _encode(self, text: str, *, special: bool, most: int | None) -> tuple[int, ...]:
         try:
-            text.encode()
+            size = len(text.encode())
         except UnicodeEncodeError as error:
             raise InvalidInput("the text holds half of a surrogate pair, which is not Unicode text.") from error
+        if most is not None and size > self.most_bytes(most):
+            raise TooLong(f"the text has {size} bytes, which is more than {most} tokens can stand for.")
         return tuple(self._tokenizer.encode(text, add_special_tokens=special).ids)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Bytes. A byte-level vocabulary writes one character for each byte, any other the text itself."""
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if "ByteLevel" not in repr(self._tokenizer.decoder):
+            return max((len(token.encode()) for token in vocabulary), default=1)
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return max([len(token) for token in vocabulary] + [len(token.content.encode()) for token in added], default=1)
 
     @cached_property
     def _tokenizer(self) -> tokenizers.Tokenizer:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import httpx
 
+from poip_chain.chain.endpoints import node_transport
 from poip_chain.errors import InvalidInput, Unavailable
 from poip_chain.spec.eip712 import parse_hex
 from poip_chain.spec.merkle import merkle_root
@@ -93,11 +94,16 @@ class Record:
 
 class NodeReader:
     """Reads batches and transcripts from one node's endpoint. `timeout` seconds bound each question as a whole, however
-    slowly the answer drips. Not to be called from inside an event loop."""
+    slowly the answer drips. Not to be called from inside an event loop.
 
-    def __init__(self, endpoint: str, timeout: float) -> None:
+    Unless `private_endpoints`, an endpoint at an address that is not public is not connected to: it counts as withheld,
+    since nobody else could read there either.
+    """
+
+    def __init__(self, endpoint: str, timeout: float, *, private_endpoints: bool = True) -> None:
         self._endpoint = endpoint.rstrip("/")
         self._timeout = timeout
+        self._private_endpoints = private_endpoints
 
     def receipts(self, batch: Batch) -> list[dict[str, Any]]:
         """The batch's receipts in order, `{"receipt", "signature"}` each, matching the committed root and count."""
@@ -143,10 +149,10 @@ class NodeReader:
         url = _url(self._endpoint, path)
         # Compressed bodies are not asked for: their size would be known only after they are unpacked.
         headers = {"accept-encoding": "identity", "accept": "application/json"}
-        verify = _tls() if url.startswith("https://") else False
+        transport = node_transport(self._private_endpoints, verify=_tls() if url.startswith("https://") else False)
         async with (
             asyncio.timeout(self._timeout),
-            httpx.AsyncClient(timeout=self._timeout, verify=verify, trust_env=False, headers=headers) as client,
+            httpx.AsyncClient(timeout=self._timeout, transport=transport, trust_env=False, headers=headers) as client,
             client.stream("GET", url, follow_redirects=False) as reply,
         ):
             if reply.status_code != 200:

@@ -66,6 +66,9 @@ class WatchtowerSettings(BaseModel):
     poll_interval: float = Field(1.0, gt=0)
     confirmations: int = Field(0, ge=0, description="blocks to wait before a batch is believed")
     node_timeout: float = Field(10.0, gt=0, description="for one question to a node, however slowly it answers")
+    private_endpoints: bool | None = Field(
+        None, description="read from nodes on private addresses; default: only on development chains (id 31337)"
+    )
     fetch_attempts: int = Field(
         3, ge=1, description="tries before a node that does not serve is challenged; one in the window's second half"
     )

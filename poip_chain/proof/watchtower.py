@@ -17,6 +17,7 @@ from pathlib import Path
 
 import structlog
 
+from poip_chain.chain.endpoints import DEVELOPMENT_CHAIN
 from poip_chain.chain.follower import Added, Event, Follower, Removed
 from poip_chain.chain.outbox import Outbox
 from poip_chain.chain.rpc import Chain
@@ -55,7 +56,7 @@ class Watchtower:
         store: WatchtowerStore,
         auditor: Auditor,
         outbox: Outbox | None,
-        reader: Callable[[str, float], NodeReader] = NodeReader,
+        reader: Callable[..., NodeReader] = NodeReader,
     ) -> None:
         self._settings = settings
         self._chain = chain
@@ -65,6 +66,8 @@ class Watchtower:
         self._auditor = auditor
         self._actions = Actions(settings, chain, network, store, outbox)
         self._reader = reader
+        wanted = settings.private_endpoints
+        self._private_endpoints = chain.chain_id == DEVELOPMENT_CHAIN if wanted is None else wanted
         self._receipts: dict[int, BatchReceipts] = {}
         self._endpoints: dict[Address, str] = {}
         self._prune_at = 0
@@ -246,7 +249,9 @@ class Watchtower:
     def _node(self, batch: Batch) -> NodeReader:
         if batch.node not in self._endpoints:
             self._endpoints[batch.node] = self._network.registry.info(batch.node).endpoint
-        return self._reader(self._endpoints[batch.node], self._settings.node_timeout)
+        return self._reader(
+            self._endpoints[batch.node], self._settings.node_timeout, private_endpoints=self._private_endpoints
+        )
 
     def _patience_over(self, batch: Batch, attempts: int, now: int) -> bool:
         """Whether a node that fails once more is challenged: after some tries, or when half of the window is over."""

@@ -14,7 +14,7 @@ import structlog
 from fastapi import FastAPI
 
 from poip_chain.control.client import KeySigner
-from poip_chain.control.gateway.app import configure_logs, create_app, http_client, make_gateway
+from poip_chain.control.gateway.app import configure_logs, create_app, http_client, make_gateway, private_endpoints
 from poip_chain.control.gateway.catalogue import Catalogue, ServedModel
 from poip_chain.control.gateway.serving import Gateway
 from poip_chain.control.gateway.settings import GatewaySettings, ModelEntry
@@ -96,7 +96,7 @@ def running_gateway(
 
         @asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-            async with http_client() as http:
+            async with http_client(private_endpoints(settings, chain)) as http:
                 gateway = make_gateway(
                     settings, chain, catalogue, store, ledger, GATEWAY, http, clock=lambda: float(chain.now)
                 )

@@ -6,8 +6,10 @@ import asyncio
 import logging
 import random
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ import pytest
 
 from poip_chain.control.checks import SignedRequest
 from poip_chain.control.gateway.serving import Gateway
-from poip_chain.spec.objects import FinishReason, Receipt
+from poip_chain.control.tokenizer import Tokenizer
+from poip_chain.spec.objects import FinishReason, Receipt, Request
 from poip_chain.spec.types import Address
 from tests.engines.gateway_kit import GATEWAY, MODEL, GatewayKit, running_gateway
 from tests.engines.scripted_chain import ScriptedChain
 from tests.engines.scripted_node import Fault, ScriptedNode, change_transcript
+from tests.integration.node_world import wait_until
 from tests.integration.test_gateway_openai import MESSAGES, client, say
 
 TEXT = "A text that is long enough."
@@ -104,11 +108,12 @@ def test_settling_does_not_close_the_spending_of_a_request_between_two_nodes(
             node.faults.append(Fault(refuse=(429, "busy")))
         abandon = kit.gateway.client.abandon
 
-        async def abandon_and_settle(signed: SignedRequest, node: Address, reason: str) -> None:
-            await abandon(signed, node, reason)
+        async def abandon_and_settle(signed: SignedRequest, node: Address, reason: str) -> str:
+            state = await abandon(signed, node, reason)
             await kit.gateway.settle()
             for other in nodes:
                 other.faults.clear()
+            return state
 
         monkeypatch.setattr(kit.gateway.client, "abandon", abandon_and_settle)
         assert text_of(ask(kit)) == TEXT
@@ -159,8 +164,48 @@ def test_an_unstreamed_answer_is_retried_even_mid_stream(pair: GatewayKit) -> No
     assert states == {cheap.address: "unpaid", dear.address: "checked"}
 
 
-def test_two_nodes_hold_receipts_for_one_request_and_one_is_paid(tmp_path: Path) -> None:
-    """node = 0: the same signed request goes elsewhere, both nodes make a receipt, the second is paid."""
+def test_a_key_whose_cap_allows_one_answer_gets_it_from_the_second_node(pair: GatewayKit) -> None:
+    """What is given up is not paid: it must not take the cap from the node that answers, nor be counted later."""
+    cheap, dear = pair.nodes
+    prompt = len(pair.gateway.catalogue.models[0].tokenizer.encode_chat(MESSAGES))
+    most = prompt * 10 + 100 * 20
+    pair.api_key = pair.gateway.store.create_key("capped", most, 0)[1]
+    cheap.faults.append(Fault(stop_after=5))
+    assert text_of(ask(pair)) == TEXT
+    pair.run(pair.gateway.aclose())
+    pair.run(pair.gateway.settle())
+    ((draft, _),) = dear.stored.values()
+    capped = next(key for key in pair.gateway.store.api_keys() if key.name == "capped")
+    assert (capped.spent, capped.open) == (draft.receipt.fee, 0)
+    assert cheap.paid == 0 and dear.paid == draft.receipt.fee
+
+
+def test_no_second_node_is_asked_once_the_first_is_paid(pair: GatewayKit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settling in the background may accept the first node's receipt before the attempt is given up."""
+    cheap, dear = pair.nodes
+    cheap.faults.append(Fault(stop_after=5))
+    abandon = pair.gateway.client.abandon
+
+    async def settle_and_abandon(signed: SignedRequest, node: Address, reason: str) -> str:
+        (attempt,) = pair.gateway.client.ledger.of_request(signed.request_hash)
+        answer = await pair.gateway.client.recover(attempt, pair.gateway.catalogue.models[0].profile, wait=10)
+        assert answer is not None
+        return await abandon(signed, node, reason)
+
+    monkeypatch.setattr(pair.gateway.client, "abandon", settle_and_abandon)
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask(pair)
+    assert (caught.value.status_code, caught.value.code) == (502, "node_stopped")
+    assert dear.received == []
+    pair.run(pair.gateway.aclose())
+    pair.run(pair.gateway.settle())
+    ((draft, _),) = cheap.stored.values()
+    (key,) = pair.gateway.store.api_keys()
+    assert cheap.paid == draft.receipt.fee == key.spent and key.open == 0
+
+
+def test_two_nodes_hold_receipts_for_one_question_and_one_is_paid(tmp_path: Path) -> None:
+    """Each is asked by a request of its own, which no other node may answer, and with the same seed."""
     chain = ScriptedChain()
     first, second = (ScriptedNode(chain, name=name) for name in ("first", "second"))
     with running_gateway(tmp_path, chain, [first, second]) as kit:
@@ -175,7 +220,9 @@ def test_two_nodes_hold_receipts_for_one_request_and_one_is_paid(tmp_path: Path)
         kit.gateway.directory.rng = random.Random(0)
         assert text_of(ask(kit)) == TEXT
         assert [len(node.received) for node in kit.nodes] == [1, 1]
-        assert first.received[0]["request"] == second.received[0]["request"]
+        one, other = (Request.from_json(node.received[0]["request"]) for node in kit.nodes)
+        assert (one.node, other.node) == (first.address, second.address)
+        assert one.seed() == other.seed() and one.struct_hash() != other.struct_hash()
         assert len(first.stored) == len(second.stored) == 1
         kit.run(kit.gateway.aclose())
         kit.run(kit.gateway.settle())
@@ -345,6 +392,45 @@ def test_too_many_requests(tmp_path: Path) -> None:
             kit.node.release()
             list(stream)
         assert text_of(ask(kit)) == TEXT
+
+
+def test_texts_are_tokenised_in_places_and_threads_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts that take for ever: no more than there are places for, and a running stream goes on."""
+    chain = ScriptedChain()
+    with running_gateway(tmp_path, chain, [ScriptedNode(chain)], max_concurrent=40) as kit:
+        say(kit, TEXT)
+        kit.node.faults.append(Fault(silent_after=3))
+        encode, gate, begun = Tokenizer.encode_text, threading.Event(), threading.Semaphore(0)
+
+        def slow(self: Tokenizer, text: str, *, most: int | None = None) -> tuple[int, ...]:
+            begun.release()
+            assert gate.wait(30)
+            return encode(self, text, most=most)
+
+        monkeypatch.setattr(Tokenizer, "encode_text", slow)
+        body = {"model": MODEL, "prompt": "x", "max_tokens": 100}
+        with client(kit) as sdk, ThreadPoolExecutor(39) as clients:
+            stream = sdk.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=100, stream=True)
+            next(stream)
+            headers = {"authorization": f"Bearer {kit.api_key}"}
+            asked = [
+                clients.submit(httpx.post, f"{kit.url}/v1/completions", json=body, headers=headers, timeout=30)
+                for _ in range(39)
+            ]
+            try:
+                assert begun.acquire(timeout=10)
+                wait_until(lambda: kit.gateway.running == 40, 10, lambda: f"{kit.gateway.running} places are taken")
+                # Before its text is looked at: a place is needed for that.
+                with pytest.raises(openai.RateLimitError):
+                    sdk.completions.create(**body)
+                kit.node.release()
+                assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == TEXT
+            finally:
+                gate.set()
+            assert {answer.result().status_code for answer in asked} <= {200, 503}
+        wait_until(lambda: kit.gateway.running == 0, 10, lambda: f"{kit.gateway.running} places are taken")
 
 
 def test_a_restarted_gateway_settles_what_it_owes(tmp_path: Path) -> None:

@@ -152,6 +152,12 @@ BAD = {
     "zero": ({"max_tokens": 0}, 400, "invalid_request", "max_tokens"),
     "huge": ({"max_tokens": 10**30}, 400, "invalid_request", "max_tokens"),
     "too long": ({"max_tokens": 1024}, 400, "context_length_exceeded", "messages"),
+    "far too long": (
+        {"messages": [{"role": "user", "content": "a" * 50_000}]},
+        400,
+        "context_length_exceeded",
+        "messages",
+    ),
     "text for number": ({"max_tokens": "5"}, 400, "invalid_request", "max_tokens"),
     "bool for number": ({"max_tokens": True}, 400, "invalid_request", "max_tokens"),
     "huge seed": ({"seed": 2**63}, 400, "invalid_request", "seed"),

@@ -137,6 +137,14 @@ class LedgerMachine(RuleBasedStateMachine):
         else:
             assert attempt.state in ("abandoned", "unpaid") or self.paid_at[name] != node
 
+    @rule(receipt=consumes(answered))
+    def receipt_is_lost(self, receipt: Receipt) -> None:
+        """The node made it and the client never sees it: later receipts must not suffer."""
+        node, name = receipt.node, receipt.request_hash
+        self.remember(self.ledger.void(name, node, "no receipt by the deadline"))
+        if self.ledger.attempt(name, node).state == "void":  # type: ignore[union-attr]
+            self.live_max[node].pop(name, None)
+
     @rule(entry=consumes(open_requests), state=st.sampled_from(["refused", "void"]))
     def nothing_came(self, entry: tuple[SignedRequest, Address], state: str) -> None:
         signed, node = entry
@@ -233,8 +241,74 @@ def test_a_later_voucher_waits_for_an_earlier_receipt_on_its_way(ledger: Ledger)
 
 def test_an_interval_that_nobody_can_explain_is_not_paid(ledger: Ledger) -> None:
     signed = opened(ledger, 1)
-    _, (voucher,) = ledger.accept(receipt_for(signed, 4, 904), bytes(65))
-    assert voucher.voucher.cumulative == 4, "the fee that was checked, not the node's total"
+    receipt = receipt_for(signed, 4, 5)
+    with pytest.raises(BadAnswer, match=r"a total of 5 wei .* explains 4"):
+        ledger.accept(receipt, bytes(65))
+    assert ledger.attempt(signed.request_hash, NODES[0]).state == "open"  # type: ignore[union-attr]
+    assert (ledger.undelivered(), ledger.account(NODES[0]).signed) == ([], 0)
+    ledger.accept(receipt_for(signed, 4, 4), bytes(65))
+
+
+@pytest.mark.parametrize("fate", ["open", "abandoned", "void", "unpaid"])
+def test_what_may_have_been_answered_explains_a_gap_once(ledger: Ledger, fate: str) -> None:
+    """A lost receipt must not block an honest node; it explains its maximum fee, and no more than once."""
+    lost, first, second = opened(ledger, 1), opened(ledger, 2), opened(ledger, 3)
+    explained = MAX_TOKENS
+    if fate in ("abandoned", "unpaid"):
+        assert ledger.abandon(lost.request_hash, NODES[0], "too slow") == "abandoned"
+    if fate == "unpaid":
+        explained = 3
+        ledger.accept(receipt_for(lost, 3, 3), bytes(65))
+    if fate == "void":
+        ledger.void(lost.request_hash, NODES[0], "no receipt")
+    ledger.void(second.request_hash, NODES[0], "it may have a receipt, too")
+    with pytest.raises(BadAnswer, match="explains"):
+        ledger.accept(receipt_for(first, 4, explained + MAX_TOKENS + 5), bytes(65))
+    assert ledger.accept(receipt_for(first, 4, explained + MAX_TOKENS + 4), bytes(65))[0] == "checked"
+    third = opened(ledger, 4)
+    with pytest.raises(BadAnswer, match="explains"):
+        ledger.accept(receipt_for(third, 1, explained + MAX_TOKENS + 6), bytes(65))
+    assert ledger.accept(receipt_for(third, 1, explained + MAX_TOKENS + 5), bytes(65))[0] == "checked"
+
+
+def test_a_refused_request_explains_nothing(ledger: Ledger) -> None:
+    ledger.refused(opened(ledger, 1).request_hash, NODES[0], "busy")
+    with pytest.raises(BadAnswer, match="explains 4"):
+        ledger.accept(receipt_for(opened(ledger, 2), 4, 5), bytes(65))
+
+
+def test_a_paid_request_cannot_be_abandoned(ledger: Ledger) -> None:
+    signed = opened(ledger, 1)
+    ledger.accept(receipt_for(signed, 4, 4), bytes(65))
+    assert ledger.abandon(signed.request_hash, NODES[0], "another node is asked") == "checked"
+    assert ledger.abandon(bytes(32), NODES[0], "was never asked") == ""
+
+
+def test_a_new_ledger_takes_over_from_a_lost_one_when_it_is_told_to(ledger: Ledger) -> None:
+    """What the lost ledger owed is on no chain: the node's word for it is taken only after somebody looked into it."""
+    signed = request_of(1)
+    ledger.open(signed, NODES[0], URL, available=100, settled=70, now=1)
+    receipt = receipt_for(signed, 4, 90)
+    with pytest.raises(BadAnswer, match="explains 74") as caught:
+        ledger.accept(receipt, bytes(65))
+    ledger.reject(signed.request_hash, NODES[0], str(caught.value), receipt, bytes(65))
+    ledger.unblock(NODES[0])
+    _, (voucher,) = ledger.accept(receipt_for(opened(ledger, 2), 4, 94, seq=1), bytes(65))
+    assert voucher.voucher.cumulative == 74, "what was checked here, not what the lost ledger owed"
+
+
+def test_a_ledger_from_before_totals_were_explained_is_taken_over(tmp_path: Path) -> None:
+    old = open_ledger(tmp_path)
+    old.accept(receipt_for(opened(old, 1), 4, 4), bytes(65))
+    old.void(opened(old, 2).request_hash, NODES[0], "no receipt")
+    old._db.execute("ALTER TABLE accounts DROP COLUMN explained")
+    old.close()
+    ledger = open_ledger(tmp_path)
+    signed = opened(ledger, 3)
+    with pytest.raises(BadAnswer, match=f"explains {4 + MAX_TOKENS + 4}"):
+        ledger.accept(receipt_for(signed, 4, 4 + MAX_TOKENS + 5), bytes(65))
+    assert ledger.accept(receipt_for(signed, 4, 4 + MAX_TOKENS + 4), bytes(65))[0] == "checked"
+    ledger.close()
 
 
 def test_two_receipts_for_one_request_are_equivocation(ledger: Ledger) -> None:

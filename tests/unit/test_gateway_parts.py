@@ -200,7 +200,7 @@ def test_spent_escrow_is_topped_up_and_promised_escrow_is_not_thawed(escrow: Esc
     escrow.rounds(6)
     signed = request_of(1)
     escrow.ledger.open(signed, NODES[0], "http://n", available=100, settled=0, now=escrow.treasury.time)
-    escrow.ledger.accept(receipt_for(signed, 10, 60), bytes(65))
+    escrow.ledger.accept(receipt_for(signed, 10, 10), bytes(65))
     for number in range(2, 7):
         escrow.ledger.open(request_of(number), NODES[0], "http://n", available=100, settled=0, now=escrow.treasury.time)
     escrow.rounds(4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poip_chain.control.tokenizer import MAX_HELD_TOKENS, StopStrings, Tokenizer, conversation
+from poip_chain.control.tokenizer import (
+    MAX_HELD_TOKENS,
+    NORMALIZED_SHRINK,
+    StopStrings,
+    Tokenizer,
+    TooLong,
+    conversation,
+)
 from poip_chain.errors import IntegrityError, InvalidInput
 from poip_chain.service.engine.model import chat_template, tokenizer_hash
 from poip_chain.spec.objects import ModelSpec
@@ -30,6 +38,54 @@ def test_the_template_is_rendered_and_tokenised(tokenizer: Tokenizer) -> None:
     )
     assert tokenizer.encode_chat(CHAT).count(IM_END) == 2
     assert tokenizer.decode(tokenizer.encode_text("Grüße 🌍")) == "Grüße 🌍"
+
+
+def test_a_text_that_no_context_can_hold_is_refused_before_it_is_tokenised(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest token of this vocabulary is <|endoftext|>, 13 bytes: 13 bytes a token may fit, one more cannot."""
+    assert tokenizer.most_bytes(2) == 26
+    assert len(tokenizer.encode_text("<|endoftext|>" * 2, most=2)) == 2
+    monkeypatch.setattr(Tokenizer, "_tokenizer", _NoEncoding(tokenizer._tokenizer))
+    for text in ("a" * 27, "ü" * 14):
+        with pytest.raises(TooLong, match="more than 2 tokens"):
+            tokenizer.encode_text(text, most=2)
+    with pytest.raises(TooLong):
+        tokenizer.encode_chat([{"role": "user", "content": "a" * 200}], most=2)
+
+
+class _NoEncoding:
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        assert name != "encode", "the text was tokenised"
+        return getattr(self._real, name)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+def test_no_normal_form_shrinks_a_text_below_what_is_allowed_for(form: Any) -> None:
+    """Every character of its own, and every composition: the most that a normalizer takes away."""
+    for code in range(0x110000):
+        if not 0xD800 <= code < 0xE000:
+            character = chr(code)
+            for text in {character, unicodedata.normalize("NFD", character), unicodedata.normalize("NFKD", character)}:
+                made = unicodedata.normalize(form, text)
+                assert len(text.encode()) <= NORMALIZED_SHRINK * len(made.encode())
+
+
+def test_a_normalizer_is_allowed_for(tmp_path: Path) -> None:
+    import tokenizers
+    from tokenizers import normalizers
+
+    path = write_tokenizer(tmp_path) / "tokenizer.json"
+    made = tokenizers.Tokenizer.from_file(str(path))
+    made.normalizer = normalizers.NFKC()
+    made.save(str(path))
+    tokenizer = Tokenizer(tmp_path)
+    # Mathematical letters: four bytes each, and one token each after NFKC.
+    assert len(tokenizer.encode_text("\U0001d41a" * 13, most=13)) == 13
+    assert tokenizer.most_bytes(1) == 13 * NORMALIZED_SHRINK
 
 
 def test_the_template_has_no_clock_and_no_way_out(tmp_path: Path) -> None:

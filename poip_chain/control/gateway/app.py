@@ -18,6 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from poip_chain.chain.deployment import Deployment
+from poip_chain.chain.endpoints import DEVELOPMENT_CHAIN, node_transport
 from poip_chain.chain.keys import Key, load, password_from
 from poip_chain.chain.listening import bound_socket
 from poip_chain.chain.outbox import Outbox
@@ -53,10 +55,10 @@ from poip_chain.spec.strict_json import parse_json_object
 
 log = structlog.get_logger("poip.gateway")
 
-DEVELOPMENT_CHAIN = 31337
 KEEPALIVE_SECONDS = 2.0
 """Shorter than servers keep idle connections, so that a request is not sent into one that is just being closed."""
 DRAIN_SECONDS = 15
+TOKENISING_THREADS = 2
 BUSY_SECONDS = 0.5
 """Between rounds of a background job that has more to do."""
 
@@ -67,6 +69,8 @@ def create_app(gateway: Gateway) -> FastAPI:
     """The ASGI application."""
     app = FastAPI(title="PoIP gateway", docs_url=None, redoc_url=None, openapi_url=None)
     settings, metrics = gateway.settings, gateway.metrics
+    # Threads of their own: long texts must not keep running streams from the threads that account for them.
+    tokenising = ThreadPoolExecutor(TOKENISING_THREADS, thread_name_prefix="tokenise")
 
     async def authenticated(http: Request) -> ApiKey | None:
         header = http.headers.get("authorization", "")
@@ -102,9 +106,15 @@ def create_app(gateway: Gateway) -> FastAPI:
     async def complete(http: Request, make: MakeAsk) -> Response:
         key = await authenticated(http)
         body = await read_body(http, settings.max_body_bytes, settings.body_timeout)
-        ask = await asyncio.to_thread(make, body, gateway.catalogue, settings.default_max_tokens)
         if gateway.running >= settings.max_concurrent:
             raise ApiError(429, "busy", f"the gateway serves {settings.max_concurrent} requests already.")
+        # The place is taken before the text is looked at: tokenising is work, too. The answer takes it over.
+        gateway.running += 1
+        try:
+            loop, tokens = asyncio.get_running_loop(), settings.default_max_tokens
+            ask = await loop.run_in_executor(tokenising, make, body, gateway.catalogue, tokens)
+        finally:
+            gateway.running -= 1
         return await answer_response(gateway, ask, key, http)
 
     @app.post("/v1/chat/completions")
@@ -289,10 +299,17 @@ def open_ledger(path: Path, key: Key, view: ChainView) -> Ledger:
     return Ledger(path, key.address, view.vault_domain, sign)
 
 
-def http_client() -> httpx.AsyncClient:
+def private_endpoints(settings: GatewaySettings, view: ChainView) -> bool:
+    """Whether nodes at private addresses are called."""
+    wanted = settings.private_endpoints
+    return view.chain_id == DEVELOPMENT_CHAIN if wanted is None else wanted
+
+
+def http_client(private_allowed: bool) -> httpx.AsyncClient:
     """The HTTP client for nodes: no redirects, no proxies or cookies from the environment, few idle connections."""
     limits = httpx.Limits(max_connections=1024, max_keepalive_connections=64, keepalive_expiry=KEEPALIVE_SECONDS)
-    return httpx.AsyncClient(limits=limits, follow_redirects=False, trust_env=False)
+    transport = node_transport(private_allowed, limits=limits)
+    return httpx.AsyncClient(transport=transport, follow_redirects=False, trust_env=False)
 
 
 def make_gateway(
@@ -313,12 +330,11 @@ def make_gateway(
         between_tokens=settings.token_timeout,
         call=min(10.0, settings.token_timeout),
     )
-    private = settings.private_endpoints
     return Gateway(
         settings=settings,
         chain=view,
         client=NodeClient(http, signer, view, ledger, timeouts, settings.allow_prepaid, clock),
-        directory=NodeDirectory(view, http, view.chain_id == DEVELOPMENT_CHAIN if private is None else private),
+        directory=NodeDirectory(view, http, private_endpoints(settings, view)),
         catalogue=catalogue,
         store=store,
         metrics=Metrics(),
@@ -337,7 +353,7 @@ async def _serve(
     escrow: EscrowManager | None,
     listener: socket.socket,
 ) -> None:
-    async with http_client() as http:
+    async with http_client(private_endpoints(settings, view)) as http:
         clock = await ChainClock.of(view)
         gateway = make_gateway(
             settings, view, catalogue, store, ledger, KeySigner(key.private_key), http, escrow, clock

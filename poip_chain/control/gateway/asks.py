@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from poip_chain.control.gateway.catalogue import Catalogue, ServedModel
 from poip_chain.control.gateway.errors import ApiError, bad_request, unsupported
-from poip_chain.control.tokenizer import conversation
+from poip_chain.control.tokenizer import TooLong, conversation
 from poip_chain.errors import InvalidInput
 from poip_chain.spec.objects import MAX_STOP_TOKENS, SamplingParams, client_seed_from_integer, client_seed_from_nonces
 
@@ -117,7 +117,8 @@ def chat_ask(body: dict[str, Any], catalogue: Catalogue, default_max_tokens: int
     """A POST /v1/chat/completions body as an Ask. Tokenises, so it costs time. Raises ApiError."""
     parsed = _parse(_ChatBody, body)
     model = catalogue.get(parsed.model)
-    ids = _tokenised("messages", lambda: model.tokenizer.encode_chat(conversation(parsed.messages)))
+    context = model.profile.max_context
+    ids = _tokenised("messages", lambda: model.tokenizer.encode_chat(conversation(parsed.messages), most=context))
     return _ask(parsed, model, ids, parsed.max_completion_tokens or parsed.max_tokens, default_max_tokens, chat=True)
 
 
@@ -129,8 +130,8 @@ def completion_ask(body: dict[str, Any], catalogue: Catalogue, default_max_token
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     if isinstance(prompt, str):
-        text = prompt
-        ids = _tokenised("prompt", lambda: model.tokenizer.encode_text(text))
+        text, context = prompt, model.profile.max_context
+        ids = _tokenised("prompt", lambda: model.tokenizer.encode_text(text, most=context))
     else:
         size = model.profile.vocab_size
         if not all(type(token_id) is int and 0 <= token_id < size for token_id in prompt):
@@ -162,6 +163,8 @@ def _parse(kind: type[B], body: dict[str, Any]) -> B:
 def _tokenised(param: str, encode: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
     try:
         return encode()
+    except TooLong as error:
+        raise ApiError(400, error.code, error.message, param=param, hint="Shorten the prompt.") from error
     except InvalidInput as error:
         raise ApiError(400, "invalid_request", error.message, param=param, hint=error.hint) from error
 

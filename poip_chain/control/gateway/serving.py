@@ -11,8 +11,8 @@ import base64
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,7 @@ from poip_chain.control.view import ChainView
 from poip_chain.errors import InsufficientFunds, PoipError, Refused, Unavailable
 from poip_chain.spec.objects import FinishReason, Request
 from poip_chain.spec.transcript import prompt_root
-from poip_chain.spec.types import ZERO_ADDRESS, Address
+from poip_chain.spec.types import Address
 
 log = structlog.get_logger("poip.gateway")
 
@@ -112,56 +112,64 @@ class Gateway:
         An answer that is not streamed comes as one Piece, so it can be retried until its end. Closing the generator
         cancels; what was produced until then is paid for later. Raises ApiError or another PoipError.
         """
-        # From before money is set aside until nobody is asked any more: meanwhile settling must not close its spending.
-        live: set[bytes] = set()
-        try:
-            async with aclosing(self._answer(ask, key, live)) as pieces:
-                async for piece in pieces:
-                    yield piece
-        finally:
-            self._live -= live
-
-    async def _answer(self, ask: Ask, key: ApiKey | None, live: set[bytes]) -> AsyncGenerator[Piece | Done, None]:
         need = Need(ask.model.model_id, ask.model.profile_version, len(ask.prompt_ids), ask.max_tokens)
         tried: dict[Address, str] = {}
-        signed: SignedRequest | None = None
         failure: PoipError | None = None
         for _ in range(self.settings.max_attempts):
             try:
                 choice = await self._choose(need, tried)
             except NoNode as error:
                 raise _unanswered(failure or error) from error
-            if signed is None or not _priced_for(signed.request, choice):
-                signed = await asyncio.to_thread(self._sign, ask, key, choice, live)
             tried[choice.node] = "already tried for this request"
+            signed = await asyncio.to_thread(self._signed, ask, choice)
             attempt, yielded, held = _Try(signed, choice), False, ""
-            try:
-                async with aclosing(self._attempt(ask, attempt)) as pieces:
-                    async for text in pieces:
-                        if ask.stream:
-                            yielded = True
-                            yield Piece(text)
-                        else:
-                            held += text
-            except (NodeRefused, InsufficientFunds, StreamBroken, BadAnswer, Refused) as error:
-                failure = error
-                self.metrics.node_failures.labels(reason=_reason(error)).inc()
-                log.warning("attempt failed", node=choice.node, code=_reason(error), streamed=yielded)
-                if yielded:
+            with self._kept_open(signed):
+                await asyncio.to_thread(self._reserve, signed, key)
+                try:
+                    async with aclosing(self._attempt(ask, attempt)) as pieces:
+                        async for text in pieces:
+                            if ask.stream:
+                                yielded = True
+                                yield Piece(text)
+                            else:
+                                held += text
+                except (NodeRefused, InsufficientFunds, StreamBroken, BadAnswer, Refused) as error:
+                    failure = error
+                    self.metrics.node_failures.labels(reason=_reason(error)).inc()
+                    log.warning("attempt failed", node=choice.node, code=_reason(error), streamed=yielded)
+                    if yielded or not await self._given_up(ask, attempt):
+                        self._settle_soon(signed, choice, ask)
+                        raise _unanswered(error) from error
+                    continue
+                except BaseException:  # the client has left
                     self._settle_soon(signed, choice, ask)
-                    raise _unanswered(error) from error
-                # Given up before its receipt is asked for: a receipt that came first would be paid, and the next node too.
-                await self.client.abandon(signed, choice.node, "another node is asked")
-                self._settle_soon(signed, choice, ask)
-                continue
-            except BaseException:  # the client has left
-                self._settle_soon(signed, choice, ask)
-                raise
+                    raise
             if held:
                 yield Piece(held)
             yield await self._done(ask, attempt)
             return
         raise _unanswered(failure or Unavailable("no node answered."))
+
+    @contextmanager
+    def _kept_open(self, signed: SignedRequest) -> Iterator[None]:
+        """From before money is set aside until the attempt is over: settling must not close its spending meanwhile."""
+        self._live.add(signed.request_hash)
+        try:
+            yield
+        finally:
+            self._live.discard(signed.request_hash)
+
+    async def _given_up(self, ask: Ask, attempt: _Try) -> bool:
+        """Whether a failed attempt will not be paid, so that another node may be asked; False if it is paid already."""
+        signed, node = attempt.signed, attempt.choice.node
+        # Given up before its receipt is asked for: one that came first has been paid.
+        if await self.client.abandon(signed, node, "another node is asked") == "checked":
+            return False
+        self._settle_soon(signed, attempt.choice, ask)
+        # A receipt that still comes is not paid, so the key's cap is free for the next node. What this node may hold
+        # against the escrow stays reserved in the ledger until its fate is known.
+        await asyncio.to_thread(self.store.close_spend, signed.request_hash, 0)
+        return True
 
     async def _choose(self, need: Need, tried: dict[Address, str]) -> Choice:
         free, barred = await self._free_escrow()
@@ -178,11 +186,14 @@ class Gateway:
                 free[account.node] = escrow.available - account.committed(escrow.settled)
         return free, barred
 
-    def _sign(self, ask: Ask, key: ApiKey | None, choice: Choice, live: set[bytes]) -> SignedRequest:
-        """Sign a request that any node with these prices may answer, and set aside what it may cost."""
+    def _signed(self, ask: Ask, choice: Choice) -> SignedRequest:
+        """The question, signed for one node: no other may answer it, so nobody can pass it on at our cost.
+
+        The seed is the same at every node, and so is an honest answer.
+        """
         request = Request(
             client=self.client.signer.address,
-            node=ZERO_ADDRESS,
+            node=choice.node,
             model_id=ask.model.model_id,
             profile_version=ask.model.profile_version,
             prompt_root=prompt_root(ask.prompt_ids),
@@ -195,13 +206,13 @@ class Gateway:
             client_nonce=secrets.token_bytes(32),
             deadline=int(self.clock() + self.settings.request_lifetime),
         )
-        signed = self.client.sign(request, ask.params, ask.prompt_ids)
-        live.add(signed.request_hash)
-        self._live |= live
+        return self.client.sign(request, ask.params, ask.prompt_ids)
+
+    def _reserve(self, signed: SignedRequest, key: ApiKey | None) -> None:
+        """Set aside what a request may cost. Raises InsufficientFunds if the key's cap does not allow it."""
         if key is not None:
             self.store.reserve(key.id, signed.request_hash, signed.max_fee())
             crash_point("gateway_reserved")
-        return signed
 
     async def _attempt(self, ask: Ask, attempt: _Try) -> AsyncGenerator[str, None]:
         """The text of one node's answer; fills in `attempt`. Pays, or leaves it to be settled later."""
@@ -355,12 +366,6 @@ class Gateway:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=LATE_RECEIPT_SECONDS)
         await self.client.aclose()
-
-
-def _priced_for(request: Request, choice: Choice) -> bool:
-    """Whether a request that is signed already pays just what this node asks: it refuses less, and more as well."""
-    offer = choice.offer
-    return (request.input_price, request.output_price) == (offer.input_price, offer.output_price)
 
 
 def _finish_reason(attempt: _Try, *, stopped: bool) -> str:
