@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import canonical, chain_gas, crypto, devnet, engine, referee, verification
+from benchmarks import canonical, chain_gas, court, crypto, devnet, engine, referee, verification
 from benchmarks.rows import Row
 from poip_chain.service.engine.model import prepare_default
 
@@ -42,6 +42,7 @@ def main() -> int:
         "crypto": crypto.run,
         "gas": chain_gas.run,
         "referee": referee.run,
+        "court": court.run,
         "devnet": devnet.run,
         "engine": lambda: engine.run(options.model, say),
         "canonical": lambda: canonical.run(options.model),

@@ -15,11 +15,12 @@ from eth_keys.datatypes import PrivateKey
 
 from benchmarks.gas import _Bench
 from benchmarks.rows import Row
+from poip_chain.canonical.opening import Step
 from poip_chain.chain.devnet.chain import Devnet
 from poip_chain.chain.devnet.config import DevnetConfig
 from poip_chain.spec.referee import Referee
 from poip_chain.spec.trace import Layout, Op
-from tests.support.referee_steps import RandomInputs, Recorder, Step, Trees, open_step
+from tests.support.referee_steps import RandomInputs, Trees, open_step
 from tests.vectors.generate_canonical import EIGHT_B, SMOLLM
 
 PROMPT, OUTPUT = 449, 64
@@ -87,7 +88,7 @@ def kinds(layout: Layout) -> Iterator[tuple[str, Step]]:
     yield "linear: running sum (logits)", inside(at(Op.LOGITS, 3, 777), 0, 1)
     yield "RoPE", at(Op.Q_ROPE, last * config.num_heads + 1, 3)
     cell = at(Op.ATTENTION, last, 100)
-    parts = Referee(layout, Recorder(layout, RandomInputs(layout, random.Random(1)))).attention_parts(cell.cell)
+    parts = Referee(layout, RandomInputs(layout, random.Random(1))).attention_parts(cell.cell)
     yield "attention: score", inside(cell, 0, 1)
     yield "attention: running maximum", inside(cell, parts.maxima, 2)
     yield "attention: weight", inside(cell, parts.weights + 2, 3)

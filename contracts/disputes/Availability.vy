@@ -16,6 +16,7 @@
           others from one chunk by challenging itself on another, and nobody can make it publish a chunk twice.
         - Bonds are counted inside (`total_held`) and credited, never pushed: no receiver blocks a resolution. A bond
           goes back to its challenger, less a quarter for the node where it answered. Nobody else's bond is touched.
+        - Any number of challenges is one case of the log, so nobody can use up the log's counter of cases.
         - Windows are those of the batch's revision. What a challenge asks for is fixed when it is made; the struct of
           the batch is passed again and checked, so a reorg cannot exchange it.
         - State is changed before the log or the registry is called; they do not call back. The token is called first
@@ -83,6 +84,8 @@ demand_of: public(HashMap[address, HashMap[uint64, uint256]])
 _withheld_at: HashMap[address, uint256]
 _challenges: HashMap[uint256, Challenge]
 _demands: HashMap[uint256, Demand]
+# Open challenges by batch. One case of the log stands for them all: their number is not limited by the log's.
+open_challenges: public(HashMap[uint64, uint256])
 
 
 event Challenged:
@@ -258,7 +261,7 @@ def answer(
         leaves=leaves,
         proof=proof,
     )
-    extcall ICommitmentLog(commitment_log).close_case(batch)
+    self._close(batch)
     # A judge that was removed meanwhile must still let the node answer.
     if staticcall ICommitmentLog(commitment_log).may_judge(self, convert(block.timestamp, uint64)):
         extcall ICommitmentLog(commitment_log).raise_audit_rate(batch.node)
@@ -290,7 +293,7 @@ def resolve(id: uint256, batch: objects.Batch) -> bool:
         extcall ICommitmentLog(commitment_log).convict(
             batch, asked.challenger, convert(faults.WITHHOLDING, bytes32), convert(id, bytes32)
         )
-    extcall ICommitmentLog(commitment_log).close_case(batch)
+    self._close(batch)
     return convicted
 
 
@@ -399,7 +402,7 @@ def demand_info(id: uint256) -> Demand:
 @internal
 def _challenge(batch: objects.Batch, index: uint256, part: uint256, first_leaf: uint256) -> uint256:
     """
-    @dev The log checks that the batch is pending and inside its window.
+    @dev For a batch that is pending and inside its window.
     """
     assert index < convert(batch.count, uint256), "availability: receipt is not in the batch"
     assert part <= faults.FINGERPRINT_PART, "availability: no such part"
@@ -435,8 +438,25 @@ def _challenge(batch: objects.Batch, index: uint256, part: uint256, first_leaf: 
         deadline=deadline,
         bond=bond,
     )
-    extcall ICommitmentLog(commitment_log).open_case(batch)
+    self.open_challenges[batch.id] += 1
+    if self.open_challenges[batch.id] == 1:
+        extcall ICommitmentLog(commitment_log).open_case(batch)
+    else:
+        assert block.timestamp < convert(batch.window_end, uint256), "availability: window is over"
+        assert staticcall ICommitmentLog(commitment_log).convictable(self, batch), (
+            "availability: batch cannot be convicted"
+        )
     return id
+
+
+@internal
+def _close(batch: objects.Batch):
+    """
+    @dev One challenge of the batch is over.
+    """
+    self.open_challenges[batch.id] -= 1
+    if self.open_challenges[batch.id] == 0:
+        extcall ICommitmentLog(commitment_log).close_case(batch)
 
 
 @internal

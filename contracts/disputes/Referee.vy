@@ -63,6 +63,63 @@ def compute(
     @param step The cell.
     @param opened Exactly what `TraceMap.inputs_of` lists, with proofs.
     """
+    return self._compute(config, trace, sub_root, step, opened)[0]
+
+
+@external
+@view
+def holds(
+    config: IModelRegistry.ModelConfig,
+    trace: IReferee.Trace,
+    sub_root: bytes32,
+    step: ITraceMap.Step,
+    opened: IReferee.Opened,
+    leaf: Bytes[128],
+) -> bool:
+    """
+    @notice Whether a leaf holds the right value of a cell: `compute` and `value` in one, for the dispute game.
+    @param leaf The leaf in which the cell stands. That it is the trace's, the caller has checked.
+    """
+    right: int256 = 0
+    wide: bool = False
+    right, wide = self._compute(config, trace, sub_root, step, opened)
+    element: uint256 = step.element
+    if step.inside:
+        element = step.sub_element
+    return right == self._value(wide, leaf, element)
+
+
+@external
+@view
+def value(wide: bool, leaf: Bytes[128], element: uint256) -> int256:
+    """
+    @notice An element of an opened leaf, of 16 int64 (wide) or 32 int32: what is compared with `compute`.
+    """
+    return self._value(wide, leaf, element)
+
+
+@external
+@view
+def root_of_nodes(nodes: DynArray[bytes32, 64]) -> bytes32:
+    """
+    @notice The node up to six levels above a run of nodes: of a whole level, or from a multiple of 64 on, shorter than 64
+            only at the level's end.
+    """
+    return openings._root_of_nodes(nodes)
+
+
+@internal
+@view
+def _compute(
+    config: IModelRegistry.ModelConfig,
+    trace: IReferee.Trace,
+    sub_root: bytes32,
+    step: ITraceMap.Step,
+    opened: IReferee.Opened,
+) -> (int256, bool):
+    """
+    @dev (the right value of a cell, whether it is one of 16 int64).
+    """
     reads: ITraceMap.Reads = staticcall ITraceMap(trace_map).inputs_of(
         config, trace.prompt_tokens, trace.output_tokens, step
     )
@@ -138,31 +195,18 @@ def compute(
         assert root == ids_root, "referee: token is not of the transcript"
     assert used == len(opened.proof), "referee: proof is too long"
 
-    return self._evaluate(reads.formula, opened.leaves, opened.rows)
+    return self._evaluate(reads.formula, opened.leaves, opened.rows), reads.wide
 
 
-@external
-@view
-def value(wide: bool, leaf: Bytes[128], element: uint256) -> int256:
-    """
-    @notice An element of an opened leaf, of 16 int64 (wide) or 32 int32: what is compared with `compute`.
-    """
+@internal
+@pure
+def _value(wide: bool, leaf: Bytes[128], element: uint256) -> int256:
     assert len(leaf) == 128, "referee: leaf is not 128 bytes"
     if wide:
         assert element < 16, "referee: no such element"
         return arithmetic._wide(leaf, element)
     assert element < 32, "referee: no such element"
     return arithmetic._narrow(leaf, element)
-
-
-@external
-@view
-def root_of_nodes(nodes: DynArray[bytes32, 64]) -> bytes32:
-    """
-    @notice The node up to six levels above a run of nodes: of a whole level, or from a multiple of 64 on, shorter than 64
-            only at the level's end.
-    """
-    return openings._root_of_nodes(nodes)
 
 
 @internal

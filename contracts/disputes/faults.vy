@@ -40,6 +40,7 @@ MISSING_END: constant(uint256) = 23
 FINGERPRINT: constant(uint256) = 24
 EQUIVOCATION: constant(uint256) = 25
 WITHHOLDING: constant(uint256) = 26
+COMPUTATION: constant(uint256) = 27
 
 STOP: constant(uint8) = 0
 LENGTH: constant(uint8) = 1

@@ -10,8 +10,6 @@
         Stateless; knows leaf numbers, not what they hold.
 """
 
-from ..commitments import merkle
-
 # Of one step: most leaves, and hashes beside them. Three leaves or two runs that straddle the middle of a tree of 2**32
 # leaves take 128, a row of weights fewer than 40 more where fewer leaves are read.
 _MAX_LEAVES: constant(uint256) = 32
@@ -135,8 +133,19 @@ def _root_of_nodes(nodes: DynArray[bytes32, 64]) -> bytes32:
     for _: uint256 in range(6):
         if size == 1:
             break
+        at: uint256 = 0
+        if size & 3 == 0:
+            # Two levels at once: half the loads and stores of a whole run of 64. No index leaves the list.
+            size = size >> 2
+            for i: uint256 in range(size, bound=16):
+                left: bytes32 = keccak256(concat(0x01, level[at], level[unsafe_add(at, 1)]))
+                right: bytes32 = keccak256(concat(0x01, level[unsafe_add(at, 2)], level[unsafe_add(at, 3)]))
+                level[i] = keccak256(concat(0x01, left, right))
+                at = unsafe_add(at, 4)
+            continue
         for i: uint256 in range(size >> 1, bound=32):
-            level[i] = merkle._inner(level[2 * i], level[2 * i + 1])
+            level[i] = keccak256(concat(0x01, level[at], level[unsafe_add(at, 1)]))
+            at = unsafe_add(at, 2)
         if size & 1 == 1:
             level[size >> 1] = level[size - 1]
         size = (size + 1) >> 1

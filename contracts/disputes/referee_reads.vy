@@ -188,6 +188,10 @@ def _reads(layout: trace_layout.Layout, place: ITraceMap.Place, step: ITraceMap.
     reads.leaves = layout.count
     reads.sub_leaves = subs
     reads.weight_rows = trace_layout._weight_row_count(layout.model)
+    reads.wide = step.inside or trace_layout._is_wide(place.op)
+    if step.inside and place.op == trace_layout.ATTENTION:
+        parts: trace_layout.Parts = trace_layout._parts(layout.model, place, step.element)
+        reads.wide = step.sub_leaf < parts.weights or parts.sums <= step.sub_leaf
     return reads
 
 

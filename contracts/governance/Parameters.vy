@@ -239,8 +239,12 @@ def _check_relations():
     """
     window: uint256 = self._value(parameter_names.CHALLENGE_WINDOW)
     response: uint256 = self._value(parameter_names.RESPONSE_WINDOW)
-    assert self._value(parameter_names.UNBONDING_PERIOD) >= window + 2 * response, "parameters: unbonding_period too short"
-    assert self._value(parameter_names.THAW_PERIOD) >= window + response, "parameters: thaw_period too short"
+    accusation: uint256 = self._value(parameter_names.REVEAL_WINDOW) + self._value(parameter_names.CONTEST_WINDOW)
+    accusation += 2 * self._value(parameter_names.DISPUTE_CLOCK)
+    longest: uint256 = window + max(2 * response, accusation)
+    assert self._value(parameter_names.UNBONDING_PERIOD) >= longest, "parameters: unbonding_period too short"
+    longest = window + max(response, accusation)
+    assert self._value(parameter_names.THAW_PERIOD) >= longest, "parameters: thaw_period too short"
 
 
 @internal

@@ -174,9 +174,10 @@ class Trace:
     def _chunk(self, chunk: int) -> list[Words]:
         """The levels below CHUNK_LEVEL of one chunk."""
         if chunk not in self._chunks:
-            levels = [keccak.leaf_nodes(self._words(chunk * CHUNK, min(self.layout.count, (chunk + 1) * CHUNK)))]
+            words = self._words(chunk * CHUNK, min(self.layout.count, (chunk + 1) * CHUNK))
+            levels = [keccak.leaf_nodes(words, self.model.workers)]
             for _ in range(CHUNK_LEVEL - 1):
-                levels.append(keccak.parents(levels[-1]))
+                levels.append(keccak.parents(levels[-1], self.model.workers))
             self._chunks[chunk] = levels
             while len(self._chunks) > 64:
                 self._chunks.popitem(last=False)
@@ -225,6 +226,11 @@ class Trace:
             self.model.layer(layer, h, Cache(), record)
         self._layers[layer] = found
         return found
+
+    def forget(self) -> None:
+        """Free what was computed for openings; it is computed again when asked for."""
+        self._layers.clear()
+        self._chunks.clear()
 
     # What else a step of the referee reads
 
@@ -299,9 +305,13 @@ class Trace:
 
     def segment(self, row: int, segment: int) -> bytes:
         """256 bytes, or a row's shorter rest, of a row of weights_root."""
+        return self.row(row)[segment * SEGMENT_BYTES : (segment + 1) * SEGMENT_BYTES]
+
+    def row(self, row: int) -> bytes:
+        """All bytes of a row of weights_root, without its exponent."""
         name, inside = self._weight_row(row)
         data: bytes = self.model.weights.integers[name][inside].tobytes()
-        return data[segment * SEGMENT_BYTES : (segment + 1) * SEGMENT_BYTES]
+        return data
 
     def _weight_row(self, row: int) -> tuple[str, int]:
         if not 0 <= row < self._row_starts[-1]:

@@ -56,15 +56,19 @@ class Weights:
         """What `spec.bounds.check_bounds` asks of a tensor's rows."""
         return extents(self.exponents[plan.name], self.integers[plan.name])
 
-    def root(self) -> Hash32:
-        """weights_root, from the rows as they are held."""
+    def row_hashes(self) -> keccak.Words:
+        """The leaf hashes of weights_root [rows, 4], from the rows as they are held."""
         parts = []
         for plan in spec.tensor_plan(self.config):
             exponents, rows = self.exponents[plan.name], self.integers[plan.name]
             for start in range(0, plan.rows, _ROWS):
                 part = np.ascontiguousarray(rows[start : start + _ROWS])
                 parts.append(row_leaf_hashes(exponents[start : start + _ROWS], part.view(np.uint8)))
-        return keccak.root_of(np.concatenate(parts).view(np.uint64))
+        return np.concatenate(parts).view(np.uint64)
+
+    def root(self) -> Hash32:
+        """weights_root."""
+        return keccak.root_of(self.row_hashes())
 
     def verify(self, root: bytes) -> None:
         """Raises IntegrityError unless these rows make `root`."""

@@ -78,11 +78,14 @@ def check_relations(values: Mapping[str, int]) -> None:
     Raises InvalidInput if unbonding_period or thaw_period is too short.
     """
     window, response = values["challenge_window"], values["response_window"]
-    for name, least in (("unbonding_period", window + 2 * response), ("thaw_period", window + response)):
+    accusation = values["reveal_window"] + values["contest_window"] + 2 * values["dispute_clock"]
+    for name, answers in (("unbonding_period", 2 * response), ("thaw_period", response)):
+        least = window + max(answers, accusation)
         if values[name] < least:
             raise InvalidInput(
-                f"{name} is {values[name]} seconds, but must be at least {least} with a challenge_window of {window} "
-                f"and a response_window of {response}. Raise {name} first."
+                f"{name} is {values[name]} seconds, but must be at least {least} with a challenge_window of {window}, "
+                f"a response_window of {response} and an accusation of up to {accusation} (reveal_window + "
+                f"contest_window + 2 * dispute_clock). Raise {name} first."
             )
 
 
@@ -123,7 +126,7 @@ PARAMETERS: tuple[Parameter, ...] = (
         10,
         90 * DAY,
         "seconds",
-        "until unbonding stake may leave; at least challenge_window + 2 * response_window",
+        "until unbonding stake may leave; at least challenge_window + the longest case",
     ),
     Parameter(
         "thaw_period",
@@ -131,7 +134,7 @@ PARAMETERS: tuple[Parameter, ...] = (
         5,
         90 * DAY,
         "seconds",
-        "until thawing escrow may leave; at least challenge_window + response_window",
+        "until thawing escrow may leave; at least challenge_window + the longest case",
     ),
     Parameter("jail_period", DAY, 0, 90 * DAY, "seconds", "after a slash, before the operator may end the jail"),
     Parameter("key_rotation_delay", HOUR, 0, 7 * DAY, "seconds", "before a new node key signs"),
@@ -145,6 +148,11 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter("protocol_fee", 10_000, 0, 200_000, "ppm", "share of final fees for the treasury"),
     Parameter("minimum_input_price", 0, 0, 10**24, "wei", "least price of a prompt token that a node may offer"),
     Parameter("minimum_output_price", 0, 0, 10**24, "wei", "least price of an output token that a node may offer"),
+    Parameter("accusation_bond", 10 * POIP, 1, 10**24, "wei", "bond of an accusation of wrong computation"),
+    Parameter("contest_bond", 5 * POIP, 1, 10**24, "wei", "bond of a contest of an accusation"),
+    Parameter("reveal_window", HOUR, 5, DAY, "seconds", "from an accusation's commitment to its reveal"),
+    Parameter("contest_window", 4 * HOUR, 5, 7 * DAY, "seconds", "from an accusation's reveal, to contest it"),
+    Parameter("dispute_clock", 6 * HOUR, 5, 7 * DAY, "seconds", "for all moves of one side in one contest"),
 )
 """The defaults of a real network, in the order in which the contract lists them."""
 
@@ -156,12 +164,15 @@ DEVNET_PARAMETERS: tuple[Parameter, ...] = with_values(
         "minimum_stake": 10 * POIP,
         "challenge_window": 30,
         "response_window": 20,
-        "unbonding_period": 90,
-        "thaw_period": 60,
+        "unbonding_period": 200,
+        "thaw_period": 200,
         "jail_period": 20,
         "key_rotation_delay": 5,
         "beacon_delay": 2,
         "evidence_window": 600,
+        "reveal_window": 10,
+        "contest_window": 30,
+        "dispute_clock": 60,
     },
 )
 """The same network with windows of seconds, for a devnet whose blocks come every second or so."""

@@ -63,6 +63,7 @@ class Fault(IntEnum):
     FINGERPRINT = 24
     EQUIVOCATION = 25
     WITHHOLDING = 26
+    COMPUTATION = 27
 
 
 @dataclass(frozen=True, slots=True)

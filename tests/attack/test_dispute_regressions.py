@@ -277,7 +277,7 @@ def test_action_after_parent_resolved(audited: Network, server: Server) -> None:
     committed = server.serve_and_commit(CLIENT, 1)
     opened = challenge(audited, committed, HONEST)
     audited.log.convict(committed.batch.values(), HONEST, FULL, FULL, sender=audited.offences.address)
-    with boa.reverts("log: batch is not pending"):
+    with boa.reverts("availability: batch cannot be convicted"):
         challenge(audited, committed, ATTACKER, Part.PROMPT)
     audited.availability.resolve(opened, committed.batch.values())
     with boa.reverts("availability: challenge is not open"):

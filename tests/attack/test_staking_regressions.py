@@ -157,7 +157,7 @@ def test_timestamp_plus_period_overflow(staking: Staking, node: Address) -> None
 def test_unbounded_delay_param(staking: Staking) -> None:
     """EigenLayer EGSL-09: a delay without a maximum freezes funds for ever. Every period here has hard bounds."""
     periods = [p for p in PARAMETERS if p.unit == "seconds"]
-    assert len(periods) == 7
+    assert len(periods) == 10
     for parameter in periods:
         assert parameter.maximum <= 90 * DAY
         with boa.reverts("parameters: above maximum"):

@@ -106,8 +106,8 @@ class Network:
         raise AssertionError(f"index {index} is not selected by any of {draws} draws")
 
 
-def deploy_network(overrides: Mapping[str, int] | None = None) -> Network:
-    """Deploy and wire everything, in the order of docs/contracts.md."""
+def deploy_network(overrides: Mapping[str, int] | None = None, seal: bool = True) -> Network:
+    """Deploy and wire everything, in the order of docs/contracts.md. Sealed last, unless more judges are to be named."""
     token, parameters, models = (
         system.deploy_token(),
         system.deploy_parameters(overrides),
@@ -126,7 +126,8 @@ def deploy_network(overrides: Mapping[str, int] | None = None) -> Network:
         for judge in (offences, availability):
             log.set_judge(judge, True)
         registry.seal()
-        log.seal()
+        if seal:
+            log.seal()
     model_id = system.add_model(models)
     return Network(token, parameters, models, registry, log, vault, offences, availability, model_id, treasury)
 

@@ -84,7 +84,31 @@ class TestChallenge:
             challenge(full_audit, committed)
         challenge(full_audit, committed, Part.PROMPT)
         challenge(full_audit, committed, Part.OUTPUT, 8)
-        assert full_audit.log.open_cases(committed.batch.id) == 3
+        assert full_audit.availability.open_challenges(committed.batch.id) == 3
+
+    def test_all_challenges_of_a_batch_are_one_case(self, full_audit: Network, server: Server) -> None:
+        """The log counts 14 bits of cases: challenges past a part's end, which cost next to nothing, must not fill them."""
+        network = full_audit
+        committed = server.serve_and_commit(CLIENT)
+        ids = [challenge(network, committed, Part.PROMPT, 8 * i) for i in range(5)]
+        assert network.log.open_cases(committed.batch.id) == 1
+        for number, challenge_id in enumerate(ids, start=1):
+            network.availability.answer(*answer_arguments(network, committed, challenge_id))
+            assert network.log.open_cases(committed.batch.id) == (number < len(ids))
+        challenge(network, committed, Part.OUTPUT)
+        assert network.log.open_cases(committed.batch.id) == 1
+
+    def test_a_case_that_stands_lets_no_late_challenge_in(self, full_audit: Network, server: Server) -> None:
+        network = full_audit
+        committed = server.serve_and_commit(CLIENT)
+        challenge(network, committed)
+        with boa.env.anchor():
+            boa.env.time_travel(seconds=network.value("challenge_window"))
+            with boa.reverts("availability: window is over"):
+                challenge(network, committed, Part.PROMPT)
+        network.log.convict(committed.batch.values(), CHALLENGER, bytes(32), bytes(32), sender=network.offences.address)
+        with boa.reverts("availability: batch cannot be convicted"):
+            challenge(network, committed, Part.PROMPT)
 
     def test_refusals(self, full_audit: Network, server: Server) -> None:
         network = full_audit

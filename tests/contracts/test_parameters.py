@@ -113,6 +113,15 @@ def test_unknown_names_and_revisions(parameters: Any) -> None:
 
 def test_periods_cover_the_longest_case(parameters: Any) -> None:
     window, response = value_of(parameters, "challenge_window"), value_of(parameters, "response_window")
+    accusation = value_of(parameters, "reveal_window") + value_of(parameters, "contest_window")
+    accusation += 2 * value_of(parameters, "dispute_clock")
+    for name in ("unbonding_period", "thaw_period"):
+        set_parameter(parameters, name, window + accusation)
+    for name in ("reveal_window", "contest_window", "dispute_clock"):
+        with boa.reverts("parameters: unbonding_period too short"):
+            set_parameter(parameters, name, value_of(parameters, name) + 1)
+    for name in ("reveal_window", "contest_window", "dispute_clock"):
+        set_parameter(parameters, name, 5)
     set_parameter(parameters, "unbonding_period", window + 2 * response)
     set_parameter(parameters, "thaw_period", window + response)
     for name in ("unbonding_period", "thaw_period"):

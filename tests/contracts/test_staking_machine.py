@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import pytest
 import boa
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -82,6 +82,9 @@ def deployed() -> system.Staking:
             "fixed_slash_share": SLASH_SHARE,
             "challenge_window": 30,
             "response_window": 20,
+            "reveal_window": 5,
+            "contest_window": 5,
+            "dispute_clock": 5,
             "unbonding_period": UNBONDING,
             "jail_period": JAIL,
         }

@@ -56,6 +56,9 @@ WINDOWS = {
     "audit_rate": 500_000,
     "minimum_stake": 10 * POIP,
     "evidence_window": 600,
+    "reveal_window": 5,
+    "contest_window": 5,
+    "dispute_clock": 12,
 }
 CONFIG = ModelConfig(64, 128, 2, 4, 2, 16, 1000, 256, 10**7, 10_000, bytes(32), True, False, False, False)
 SPEC = ModelSpec(b"w" * 32, b"t" * 32, b"c" * 32, CONFIG.config_hash())
@@ -175,7 +178,7 @@ class NodeProcess:
             **self.settings,
         }
         config = self.folder / "node.toml"
-        config.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items()))
+        config.write_text("".join(f"{name} = {_toml(value)}\n" for name, value in values.items()))
         environment = {"POIP_PASSWORD": PASSWORD, "POIP_ALLOW_CRASH_POINTS": "1", "POIP_CRASH_AT": crash_at}
         self.process = _FORKS.Process(
             target=run_node, args=(config, self.folder / "node.log", environment), daemon=True
@@ -344,6 +347,13 @@ def running_world(
             yield world
         finally:
             world.close()
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML writes it; a dictionary as an inline table."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {_toml(entry)}" for name, entry in value.items()) + "}"
+    return json.dumps(value)
 
 
 def _free_port() -> int:

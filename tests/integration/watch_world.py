@@ -381,7 +381,7 @@ class WatchWorld:
         self.operator = development_key(0)
         path = folder / "deployment.json"
         # Chain time runs with the wall clock at least: the window must outlast a test on a busy machine.
-        values = {"audit_rate": 10**6, "challenge_window": 200, "unbonding_period": 300, "thaw_period": 300}
+        values = {"audit_rate": 10**6, "challenge_window": 200, "unbonding_period": 400, "thaw_period": 400}
         settings = deployment_settings("devnet", values=values)
         outbox_path = folder / "operator.db"
         self.deployment = deploy(self.chain, self.operator, settings, path, outbox_path=outbox_path, timeout=120)

@@ -1,26 +1,26 @@
 """Steps for the contracts of the referee: what a cell reads, opened and proven, with the value that the spec gives.
 
-The spec decides what is read: a step is first run on harmless values by a recorder, then on the real ones. Trees are
-either whole (a trace in memory) or sparse: hashes beside the opened leaves are drawn at random and the root follows, so a
-step of a model of any size costs a few hashes. Knows the arguments of `Referee.compute`, no EVM.
+`canonical.opening` opens a step; here is what it opens from. Trees are either whole (a trace in memory) or sparse: hashes
+beside the opened leaves are drawn at random and the root follows, so a step of a model of any size costs a few hashes.
+Knows the arguments of `Referee.compute`, no EVM.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 from eth_abi.abi import encode as abi_encode
 from eth_hash.auto import keccak
 
+from poip_chain.canonical import opening
+from poip_chain.canonical.opening import Step
 from poip_chain.errors import InvalidInput
 from poip_chain.spec import weights as w
 from poip_chain.spec.merkle import merkle_levels, root_from_proof
 from poip_chain.spec.objects import ModelConfig
-from poip_chain.spec.referee import LINEAR, AttentionCell, Cell, Inputs, Referee, SumCell, weight_row
+from poip_chain.spec.referee import LINEAR, Cell, Inputs, Referee
 from poip_chain.spec.trace import WIDE, Layout, Op, encode
 from poip_chain.spec.transcript import id_leaves
 
@@ -29,96 +29,6 @@ COMPUTE = keccak(
     b"(uint256,uint256,bytes32,bytes32,bytes32,bytes32),bytes32,(uint256,uint256,bool,uint256,uint256),"
     b"(bytes,bytes,bytes32[]))"
 )[:4]
-_ONES = {True: encode([1] * 16, True), False: encode([1] * 32, False)}
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A cell of the trace, or of the tree into which it is opened: `ITraceMap.Step`."""
-
-    leaf: int
-    element: int
-    inside: bool = False
-    sub_leaf: int = 0
-    sub_element: int = 0
-
-    @property
-    def cell(self) -> Cell:
-        return Cell(self.leaf, self.element)
-
-    def values(self) -> tuple[int, int, bool, int, int]:
-        return self.leaf, self.element, self.inside, self.sub_leaf, self.sub_element
-
-
-def compute(referee: Referee, step: Step) -> int:
-    """The spec's value of a step. Raises InvalidInput as the spec does."""
-    if not step.inside:
-        return referee.compute(step.cell)
-    if referee.layout.locate(step.leaf).tensor.op is Op.ATTENTION:
-        return referee.compute_attention(AttentionCell(step.cell, step.sub_leaf, step.sub_element))
-    return referee.compute_sum(SumCell(step.cell, 16 * step.sub_leaf + step.sub_element))
-
-
-class Recorder:
-    """Answers with harmless values and notes what was asked."""
-
-    def __init__(self, layout: Layout, tokens: Inputs) -> None:
-        self.layout, self.tokens = layout, tokens
-        self.leaves: set[int] = set()
-        self.subs: set[int] = set()
-        self.rows: dict[int, set[int]] = {}
-        self.position: int | None = None
-
-    def leaf(self, index: int) -> bytes:
-        self.leaves.add(index)
-        return _ONES[self.layout.locate(index).tensor.op in WIDE]
-
-    def sub_leaf(self, cell: Cell, index: int) -> bytes:
-        self.subs.add(index)
-        return _ONES[not Referee(self.layout, self).attention_parts(cell).narrow(index)]
-
-    def partial_sum(self, cell: Cell, segment: int) -> int:
-        self.subs.add(segment // 16)
-        return 1
-
-    def exponent(self, row: int) -> int:
-        self.rows.setdefault(row, set())
-        return -14
-
-    def segment(self, row: int, segment: int) -> bytes:
-        self.rows.setdefault(row, set()).add(segment)
-        size = row_bytes(self.layout.config, row) - w.SEGMENT_BYTES * segment
-        return bytes(min(w.SEGMENT_BYTES, size))
-
-    def token(self, position: int) -> int:
-        self.position = position
-        return self.tokens.token(position)
-
-
-def row_count(config: ModelConfig) -> int:
-    """Rows of weights_root."""
-    return weight_row(config, "rope", 0, config.max_positions)
-
-
-def row_bytes(config: ModelConfig, row: int) -> int:
-    """The bytes of a row of weights_root."""
-    if row >= weight_row(config, "rope", 0, 0):
-        return 4 * config.head_dim
-    if row < config.vocab_size or row >= weight_row(config, "final_norm", 0, 0):
-        return 2 * config.hidden_size
-    per_layer = weight_row(config, "input_norm", 1, 0) - config.vocab_size
-    inside = (row - config.vocab_size) % per_layer
-    for rows, columns in _layer_shapes(config):
-        if inside < rows:
-            return 2 * columns
-        inside -= rows
-    raise AssertionError("a row outside of the layers")
-
-
-@lru_cache(maxsize=64)
-def _layer_shapes(config: ModelConfig) -> list[tuple[int, int]]:
-    one = w.tensor_plan(dataclasses.replace(config, num_layers=1))
-    return [(plan.rows, plan.columns) for plan in one if "." in plan.name]
 
 
 class Trees:
@@ -199,55 +109,55 @@ def _counted(data: bytes, count: int) -> bytes:
 
 def open_step(referee: Referee, step: Step, trees: Trees) -> Opening:
     """What a step needs, proven. Raises InvalidInput if there is no such cell."""
-    layout, config = referee.layout, referee.config
-    recorder = Recorder(layout, referee.inputs)
-    compute(Referee(layout, recorder), step)
+    layout = referee.layout
+    source = _Source(referee, trees)
+    opened = opening.open_step(layout, step, source)
     try:
-        value: int | None = compute(referee, step)
+        value: int | None = opening.compute(referee, step)
     except InvalidInput:
         value = None
-    result = Opening(config, layout.prompt_tokens, layout.output_tokens, step, value)
-    if recorder.leaves:
-        leaves = {i: referee.inputs.leaf(i) for i in sorted(recorder.leaves)}
-        result.trace_root, proof = trees.prove("trace", leaves, layout.count)
-        result.leaves += b"".join(leaves.values())
-        result.proof += proof
-    if recorder.subs:
-        subs = {i: sub_leaf(referee, step.cell, i) for i in sorted(recorder.subs)}
-        result.sub_root, proof = trees.prove(step.cell, subs, sub_leaf_count(referee, step.cell))
-        result.leaves += b"".join(subs.values())
-        result.proof += proof
-    if recorder.rows:
-        hashed: dict[int, bytes] = {}
-        for row, wanted in sorted(recorder.rows.items()):
-            size = row_bytes(config, row)
-            segments = {i: referee.inputs.segment(row, i) for i in sorted(wanted)}
-            head = referee.inputs.exponent(row).to_bytes(2, "little", signed=True)
-            count = -(-size // w.SEGMENT_BYTES)
-            if segments:
-                root, proof = trees.prove(("row", row), segments, count)
-                result.proof += proof
-                result.rows += head + b"".join(segments.values())
-            else:
-                levels = trees.levels.get(("row", row))
-                root = levels[-1][0] if levels else trees.rng.randbytes(32)
-                result.rows += head + root
-            hashed[row] = head + root
-        result.weights_root, proof = trees.prove("weights", hashed, row_count(config))
-        result.proof += proof
-    if recorder.position is not None:
-        in_prompt = recorder.position < layout.prompt_tokens
-        first, count = (0, layout.prompt_tokens) if in_prompt else (layout.prompt_tokens, layout.output_tokens)
-        index = (recorder.position - first) // 32
-        end = first + min(count, 32 * index + 32)
-        (leaf,) = id_leaves([_safe(referee.inputs, p) for p in range(first + 32 * index, end)])
-        root, proof = trees.prove("prompt" if in_prompt else "output", {index: leaf}, -(-count // 32))
-        result.leaves, result.proof = leaf, result.proof + proof
-        if in_prompt:
-            result.prompt_root = root
-        else:
-            result.output_root = root
+    result = Opening(referee.config, layout.prompt_tokens, layout.output_tokens, step, value)
+    result.leaves, result.rows, result.proof = opened.values()
+    for name, root in source.roots.items():
+        setattr(result, f"{'sub' if name == 'cell' else name}_root", root)
     return result
+
+
+class _Source:
+    """A referee's inputs as what a step is opened from; notes the roots that the proofs give."""
+
+    def __init__(self, referee: Referee, trees: Trees) -> None:
+        self.referee, self.inputs, self.trees = referee, referee.inputs, trees
+        self.leaf, self.partial_sum = self.inputs.leaf, self.inputs.partial_sum
+        self.exponent, self.segment, self.token = self.inputs.exponent, self.inputs.segment, self.inputs.token
+        self.roots: dict[str, bytes] = {}
+        self.row_roots: dict[int, bytes] = {}
+        self.cell = Cell(0, 0)
+
+    def sub_leaf(self, cell: Cell, index: int) -> bytes:
+        self.cell = cell
+        return sub_leaf(self.referee, cell, index)
+
+    def ids_leaf(self, tree: str, index: int) -> bytes:
+        layout = self.referee.layout
+        first, count = (0, layout.prompt_tokens) if tree == "prompt" else (layout.prompt_tokens, layout.output_tokens)
+        end = first + min(count, 32 * index + 32)
+        (leaf,) = id_leaves([_safe(self.inputs, p) for p in range(first + 32 * index, end)])
+        return leaf
+
+    def row_root(self, row: int) -> bytes:
+        if row not in self.row_roots:
+            levels = self.trees.levels.get(("row", row))
+            self.row_roots[row] = levels[-1][0] if levels else self.trees.rng.randbytes(32)
+        return self.row_roots[row]
+
+    def prove(self, tree: opening.TreeName, leaves: Mapping[int, bytes], count: int) -> list[bytes]:
+        root, proof = self.trees.prove(self.cell if tree == "cell" else tree, dict(leaves), count)
+        if isinstance(tree, tuple):
+            self.row_roots[tree[1]] = root
+        else:
+            self.roots[tree] = root
+        return proof
 
 
 def _safe(inputs: Inputs, position: int) -> int:
@@ -259,9 +169,7 @@ def _safe(inputs: Inputs, position: int) -> int:
 
 def sub_leaf_count(referee: Referee, cell: Cell) -> int:
     """Leaves of the tree into which a linear or attention cell is opened."""
-    if referee.layout.locate(cell.index).tensor.op is Op.ATTENTION:
-        return referee.attention_parts(cell).count
-    return -(-referee.segments(cell) // 16)
+    return opening.sub_leaf_count(referee.layout, cell)
 
 
 def sub_leaf(referee: Referee, cell: Cell, index: int) -> bytes:
@@ -322,7 +230,7 @@ class RandomInputs:
         return self.numbers.setdefault(("exponent", row), drawn)
 
     def segment(self, row: int, segment: int) -> bytes:
-        size = row_bytes(self.layout.config, row) - w.SEGMENT_BYTES * segment
+        size = opening.row_bytes(self.layout.config, row) - w.SEGMENT_BYTES * segment
         drawn = self.rng.randbytes(min(w.SEGMENT_BYTES, size))
         return self.kept.setdefault((row, segment), drawn)
 
@@ -363,7 +271,7 @@ def random_step(layout: Layout, op: Op, rng: random.Random, inside: bool) -> Ste
     element = rng.randrange(tensor.per_leaf if padding else place.count)
     if not (inside and opened):
         return Step(leaf, element)
-    referee = Referee(layout, Recorder(layout, None))  # type: ignore[arg-type]
+    referee = Referee(layout, RandomInputs(layout, rng))
     cell = Cell(leaf, element)
     if op in LINEAR:
         number = rng.randrange(referee.segments(cell))

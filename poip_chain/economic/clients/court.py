@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Protocol, Self
 
+from eth_hash.auto import keccak
+
 from poip_chain.chain.rpc import Call
 from poip_chain.economic.clients.base import ContractClient
 from poip_chain.spec.objects import Batch, ModelConfig
@@ -43,14 +45,24 @@ class ContestOutcome(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class AccusationInfo:
-    """An accusation on chain. `time`: of its commitment, from the reveal on of that."""
+    """An accusation on chain. `committed_at` (Unix seconds) is 0 from the reveal on; contests are counted from then on.
+
+    digest: of commitment and batch until the reveal, then the hash of the terms.
+    """
 
     accuser: Address
     status: AccusationStatus
-    time: int
+    committed_at: int
+    contests: int
     open_contests: int
+    lost_contests: int
     free_contest_used: bool
     digest: Hash32
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended."""
+        return self.status >= AccusationStatus.EXPIRED
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +129,6 @@ class ContestInfo:
     a point (POINT_LEVEL). revealed_at 0: the accuser is to move.
     """
 
-    accusation: int
     contester: Address
     free: bool
     since: int
@@ -143,10 +154,9 @@ class Accusations(ContractClient):
 
     def info(self, accusation: int) -> AccusationInfo:
         """An accusation; its status is NONE for an unknown one."""
-        accuser, status, time, contests, used, digest = self.read("accusation_info", accusation)
-        return AccusationInfo(
-            Address(str(accuser)), AccusationStatus(status), int(time), int(contests), bool(used), Hash32(bytes(digest))
-        )
+        values = list(self.read("accusation_info", accusation))
+        values[0], values[1], values[7] = Address(str(values[0])), AccusationStatus(values[1]), Hash32(bytes(values[7]))
+        return AccusationInfo(*values)
 
     def count(self, batch_id: int) -> int:
         """How many accusations of a batch were committed; their ids are batch_id * 2**32 + 0 .. this - 1."""
@@ -160,21 +170,25 @@ class Accusations(ContractClient):
         """Commit to an accusation; the sender posts the bond."""
         return self.call("commit", batch.values(), commitment)
 
-    def accuse(self, accusation: int, batch: Batch, claim: Values, salt: bytes) -> Call:
-        """Reveal it."""
-        return self.call("accuse", accusation, batch.values(), claim.values(), salt)
+    def accuse(self, accusation: int, batch: Batch, config: ModelConfig, claim: Values, salt: bytes) -> Call:
+        """Reveal it. config: the dimensions of the batch's model."""
+        return self.call("accuse", accusation, batch.values(), config.values(), claim.values(), salt)
 
     def expire(self, accusation: int, batch: Batch) -> Call:
         """End one that was not revealed in time."""
         return self.call("expire", accusation, batch.values())
 
-    def resolve(self, accusation: int, batch: Batch) -> Call:
+    def resolve(self, accusation: int, terms: Terms, batch: Batch) -> Call:
         """End one that stood, and convict."""
-        return self.call("resolve", accusation, batch.values())
+        return self.call("resolve", accusation, terms.values(), batch.values())
 
     def claim(self) -> Call:
         """Pay the sender's credit."""
         return self.call("claim")
+
+    def burn(self) -> Call:
+        """Destroy what was forfeited until now. By anyone."""
+        return self.call("burn")
 
 
 class Contests(ContractClient):
@@ -185,7 +199,7 @@ class Contests(ContractClient):
     def info(self, contest: int) -> ContestInfo:
         """A contest; `is_open` is false for an unknown or ended one."""
         values = list(self.read("contest_info", contest))
-        values[1], values[10] = Address(str(values[1])), Hash32(bytes(values[10]))
+        values[0], values[9] = Address(str(values[0])), Hash32(bytes(values[9]))
         return ContestInfo(*values)
 
     def contest_trace(self, accusation: int, terms: Terms, free: bool) -> Call:
@@ -237,15 +251,22 @@ class Contests(ContractClient):
         element: int,
         leaf: bytes,
         path: Sequence[bytes],
+        sub_root: bytes,
         opened: Values,
     ) -> Call:
-        """The one step: the first cell that differs, and what it is computed from."""
-        return self.call("step", contest, terms.values(), index, element, leaf, list(path), opened.values())
+        """The one step: the first cell that differs, and what it is computed from. sub_root: of the tree of the cell in
+        which the contest stands, zeros in the trace."""
+        return self.call("step", contest, terms.values(), index, element, leaf, list(path), sub_root, opened.values())
 
-    def finish(self, contest: int, terms: Terms, leaf: bytes, opened: Values) -> Call:
+    def finish(self, contest: int, terms: Terms, leaf: bytes, sub_root: bytes, opened: Values) -> Call:
         """The one step where a cell's tree is right: the cell itself does not follow from it."""
-        return self.call("finish", contest, terms.values(), leaf, opened.values())
+        return self.call("finish", contest, terms.values(), leaf, sub_root, opened.values())
 
     def settle(self, contest: int, terms: Terms) -> Call:
         """End a contest whose time is over, or whose accusation is."""
         return self.call("settle", contest, terms.values())
+
+    def terms_hash(self, terms: Terms) -> Hash32:
+        """keccak(abi.encode(terms)): what `AccusationInfo.digest` is from the reveal on. Asks no chain."""
+        # All fields are static, so they stand in the call's data as abi.encode writes them.
+        return Hash32(keccak(self.settle(0, terms).data[4 + 32 :]))
