@@ -115,7 +115,11 @@ def test_models_and_their_profiles(world: World, tmp_path: Path) -> None:
     assert (second["profile_version"], len(second["transactions"])) == (2, 1)
     assert world.json(*register, "--profile", str(profile), "--yes")["transactions"] == []
     assert world.json("model", "show", made["model_id"])["profiles"]["2"]["max_context"] == 4
-    for text, message in (("{", "profile.json holds no profile: this is not valid JSON"), ("{}", "exactly the fields"), ("[" * 70_000, "too large")):
+    for text, message in (
+        ("{", "profile.json holds no profile: this is not valid JSON"),
+        ("{}", "exactly the fields"),
+        ("[" * 70_000, "too large"),
+    ):
         profile.write_text(text)
         assert message in world.fails(1, *register, "--profile", str(profile), "--yes")
     world.fails(1, *register, "--profile", str(tmp_path / "absent.json"), "--yes")
