@@ -36,7 +36,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Shares | Non
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where a cache of compiled contracts is empty, the first test to deploy waits for the compiler."""
-    folders = tuple(Path(__file__).resolve().parent.parent / folder for folder in (*WITH_CONTRACTS, "tests/integration/"))
+    folders = tuple(
+        Path(__file__).resolve().parent.parent / folder for folder in (*WITH_CONTRACTS, "tests/integration/")
+    )
     for item in items:
         if any(item.path.is_relative_to(folder) for folder in folders) and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(600))
