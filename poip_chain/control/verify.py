@@ -249,7 +249,11 @@ def _text_checks(proof: Proof, chain: ChainView, expected: Expected, tokenizer_d
     if not asked and expected.answer is None:
         return
     if tokenizer_dir is None:
-        yield Check("tokenizer", "not checked", "give the model's directory (--tokenizer) to check texts")
+        yield Check(
+            "tokenizer",
+            "not checked",
+            "question and answer are compared only with --model",
+        )
         return
     try:
         tokenizer = Tokenizer.load(tokenizer_dir, chain.model_spec(proof.request.model_id))

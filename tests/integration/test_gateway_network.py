@@ -102,7 +102,8 @@ def test_from_a_question_to_earned_money(parts: Parts, tmp_path: Path, capsys: p
     common = ["--rpc", world.rpc_url, "--deployment", str(world.deployment_path)]
     options = ["--messages", str(messages), "--model", str(gateway.model), "--user-nonce", "0x" + "07" * 32]
     assert poip(["verify", str(saved), *common, *options, "--require-final"]) == 0
-    assert "Verified: nothing is wrong. The receipt is final." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Verified: what was checked holds. The receipt is final." in said and "NOT checked" not in said
     messages.write_text(json.dumps([{"role": "user", "content": "Ho!"}]))
     assert poip(["verify", str(saved), *common, *options, "--json"]) == 4
     document = json.loads(capsys.readouterr().out)

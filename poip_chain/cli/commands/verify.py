@@ -47,6 +47,10 @@ def command(
     from poip_chain.control.verify import Expected, verify_proof
     from poip_chain.control.view import NetworkView
 
+    if model is None and (messages or prompt or answer):
+        raise click.UsageError("Texts can be checked only with the model's tokenizer: give its directory with --model.")
+    if model is not None and not model.is_dir():
+        raise InvalidInput(f"there is no model directory {model}.", hint="`poip model prepare` makes one.")
     document = read_document(file)
     given = _texts(document)
     expected = Expected(
@@ -66,8 +70,10 @@ def command(
         if report.failed:
             click.echo(f"NOT VERIFIED: {', '.join(check.name for check in report.failed)}.")
         else:
-            left = f", {len(report.unchecked)} could not be checked" if report.unchecked else ""
-            click.echo(f"Verified: nothing is wrong{left}. The receipt is {report.status}.")
+            click.echo(f"Verified: what was checked holds. The receipt is {report.status}.")
+            if report.unchecked:
+                click.echo(f"NOT checked: {'; '.join(f'{c.name} ({c.detail})' for c in report.unchecked)}.")
+            click.echo("Whether the model was computed honestly, audits of the receipt's batch show, not the receipt.")
 
     output.result(report.to_json(), text)
     if report.failed or (require_final and report.status != "final"):
@@ -104,7 +110,7 @@ def find_proof(document: dict[str, Any]) -> Any:
     if proof is None:
         raise InvalidInput(
             "there is no proof in this file.",
-            hint="The `poip` field of an answer, or the last chunk of a streamed one, has it.",
+            hint="The `poip` field of an answer, or of the last chunk with a choice of a streamed one, has it.",
         )
     return proof
 
