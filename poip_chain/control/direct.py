@@ -20,9 +20,9 @@ from poip_chain.control.checks import end_ids
 from poip_chain.control.client import Answer, KeySigner, NodeClient, Timeouts
 from poip_chain.control.ledger import Ledger
 from poip_chain.control.nodes import Choice, Need, NodeDirectory
-from poip_chain.control.tokenizer import Tokenizer
 from poip_chain.control.view import ChainView
 from poip_chain.errors import InvalidInput, PoipError
+from poip_chain.service.engine.tokenizer import Tokenizer
 from poip_chain.spec.objects import Request, SamplingParams, Voucher
 from poip_chain.spec.transcript import prompt_root
 from poip_chain.spec.types import Address

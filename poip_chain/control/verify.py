@@ -20,10 +20,10 @@ from poip_chain.control.checks import (
     receipt_checks,
     transcript_checks,
 )
-from poip_chain.control.tokenizer import Tokenizer, conversation
 from poip_chain.control.view import BatchState, ChainView
 from poip_chain.errors import InvalidInput, InvalidSignature, NotFound, PoipError
 from poip_chain.proof.fetch import NodeReader
+from poip_chain.service.engine.tokenizer import Tokenizer, conversation
 from poip_chain.spec.eip712 import checked, parse_hex
 from poip_chain.spec.objects import (
     Batch,

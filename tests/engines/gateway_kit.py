@@ -20,7 +20,7 @@ from poip_chain.control.gateway.serving import Gateway
 from poip_chain.control.gateway.settings import GatewaySettings, ModelEntry
 from poip_chain.control.gateway.store import GatewayStore
 from poip_chain.control.ledger import Ledger
-from poip_chain.control.tokenizer import Tokenizer
+from poip_chain.service.engine.tokenizer import Tokenizer
 from tests.engines.scripted_chain import MODEL_ID, PROFILE, ScriptedChain
 from tests.engines.scripted_node import ScriptedNode, private_key
 from tests.engines.serving import serving

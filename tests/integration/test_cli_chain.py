@@ -12,6 +12,7 @@ import pytest
 from poip_chain.chain.devnet.testing import running_devnet
 from poip_chain.chain.rpc import Chain
 from poip_chain.cli import main
+from poip_chain.economic.parameters import DEVNET_PARAMETERS
 
 POIP = 10**18
 
@@ -150,9 +151,10 @@ def test_funds_add_up(terminal: Terminal) -> None:
     assert places["escrow"]["amount"] == str(5 * POIP) and places["thawing escrow"]["amount"] == str(2 * POIP)
     node = terminal.json("node", "list")["nodes"][0]["node"]
     terminal.fails(1, "funds", "withdraw", "--escrow", "node", "--key", "client", "--yes")
+    (thaw,) = (parameter.value for parameter in DEVNET_PARAMETERS if parameter.name == "thaw_period")
     with Chain(terminal.url) as chain:
         # Automined blocks may run ahead of the clock: the time is set, not added to it.
-        chain.request("evm_setNextBlockTimestamp", chain.timestamp() + 61)
+        chain.request("evm_setNextBlockTimestamp", chain.timestamp() + thaw + 1)
         chain.request("evm_mine")
     done = terminal.json("funds", "withdraw", "--escrow", "node", "--key", "client", "--yes")
     assert done["amounts"] == {f"escrow with {node}": str(2 * POIP)}

@@ -17,6 +17,7 @@ from poip_chain.chain.outbox import Outbox
 from poip_chain.chain.rpc import Chain
 from poip_chain.cli import main
 from poip_chain.economic.network import Network
+from poip_chain.economic.parameters import DEVNET_PARAMETERS
 from poip_chain.economic.types import Evidence, Offer
 from poip_chain.service.node.schema import Record
 from poip_chain.service.node.store import Draft, Store
@@ -26,8 +27,8 @@ from tests.integration.test_cli_chain import POIP, Terminal
 from tests.support.records import record
 from tests.support.tiny_model import CONFIG, write_tiny_model
 
-UNBONDING, JAIL, ROTATION = 90, 20, 5
-"""Seconds, of the devnet's parameters."""
+SECONDS = {parameter.name: parameter.value for parameter in DEVNET_PARAMETERS}
+UNBONDING, JAIL, ROTATION = (SECONDS[name] for name in ("unbonding_period", "jail_period", "key_rotation_delay"))
 
 
 class World(Terminal):

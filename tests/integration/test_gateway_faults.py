@@ -19,7 +19,7 @@ import pytest
 
 from poip_chain.control.checks import SignedRequest
 from poip_chain.control.gateway.serving import Gateway
-from poip_chain.control.tokenizer import Tokenizer
+from poip_chain.service.engine.tokenizer import Tokenizer
 from poip_chain.spec.objects import FinishReason, Receipt, Request
 from poip_chain.spec.types import Address
 from tests.engines.gateway_kit import GATEWAY, MODEL, GatewayKit, running_gateway

@@ -27,13 +27,13 @@ from poip_chain.chain.rpc import Chain
 from poip_chain.cli.commands.chat import _first_model
 from poip_chain.cli.commands.gateway import nodes
 from poip_chain.cli.commands.model import _read_profile
-from poip_chain.control.tokenizer import Tokenizer
 from poip_chain.errors import PoipError
 from poip_chain.proof.evidence import Evidence
 from poip_chain.proof.fetch import NodeReader
 from poip_chain.proof.reexecution import Answer, EngineSource
 from poip_chain.service.engine import model
 from poip_chain.service.engine.client import EngineClient
+from poip_chain.service.engine.tokenizer import Tokenizer
 from tests.engines.serving import serving
 from tests.support.records import batch_of, record
 

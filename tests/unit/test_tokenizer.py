@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poip_chain.control.tokenizer import (
+from poip_chain.errors import IntegrityError, InvalidInput
+from poip_chain.service.engine.model import chat_template, tokenizer_hash
+from poip_chain.service.engine.tokenizer import (
     MAX_HELD_TOKENS,
     NORMALIZED_SHRINK,
     StopStrings,
@@ -18,8 +20,6 @@ from poip_chain.control.tokenizer import (
     TooLong,
     conversation,
 )
-from poip_chain.errors import IntegrityError, InvalidInput
-from poip_chain.service.engine.model import chat_template, tokenizer_hash
 from poip_chain.spec.objects import ModelSpec
 from tests.engines.tiny_tokenizer import IM_END, write_tokenizer
 

@@ -17,12 +17,12 @@ from eth_hash.auto import keccak
 
 from poip_chain.control.client import Answer, KeySigner, NodeClient
 from poip_chain.control.ledger import Ledger
-from poip_chain.control.tokenizer import Tokenizer
 from poip_chain.control.verify import Expected, Report, verify_proof
 from poip_chain.control.view import BatchState
 from poip_chain.errors import Unavailable
 from poip_chain.proof.fetch import NodeWithholds
 from poip_chain.service.engine.model import chat_template, tokenizer_hash
+from poip_chain.service.engine.tokenizer import Tokenizer
 from poip_chain.spec.merkle import merkle_root
 from poip_chain.spec.objects import (
     Batch,

@@ -18,8 +18,8 @@ from poip_chain.errors import NotFound
 if TYPE_CHECKING:
     from poip_chain.control.direct import Question
     from poip_chain.control.gateway.settings import ModelEntry
-    from poip_chain.control.tokenizer import Tokenizer
     from poip_chain.control.view import NetworkView
+    from poip_chain.service.engine.tokenizer import Tokenizer
     from poip_chain.spec.types import Address
 
 command = group("request", "Requests without a gateway: who trusts nobody signs for himself.")
@@ -180,7 +180,7 @@ def _question(
 ) -> tuple[Tokenizer, Question]:
     from poip_chain.control.direct import Question
     from poip_chain.control.gateway.catalogue import load_model
-    from poip_chain.control.tokenizer import conversation
+    from poip_chain.service.engine.tokenizer import conversation
     from poip_chain.spec.objects import SamplingParams, client_seed_from_integer
 
     served = load_model(view, model)

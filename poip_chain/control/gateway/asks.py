@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from poip_chain.control.gateway.catalogue import Catalogue, ServedModel
 from poip_chain.control.gateway.errors import ApiError, bad_request, unsupported
-from poip_chain.control.tokenizer import TooLong, conversation
 from poip_chain.errors import InvalidInput
+from poip_chain.service.engine.tokenizer import TooLong, conversation
 from poip_chain.spec.objects import MAX_STOP_TOKENS, SamplingParams, client_seed_from_integer, client_seed_from_nonces
 
 B = TypeVar("B", bound="_Body")

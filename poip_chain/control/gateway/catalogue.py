@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from poip_chain.control.gateway.errors import ApiError
 from poip_chain.control.gateway.settings import ModelEntry
-from poip_chain.control.tokenizer import Tokenizer
 from poip_chain.control.view import ChainView
 from poip_chain.errors import ConfigurationError, Refused
 from poip_chain.service.engine.model import prepare
+from poip_chain.service.engine.tokenizer import Tokenizer
 from poip_chain.spec.objects import Profile
 
 

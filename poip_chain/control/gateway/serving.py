@@ -29,9 +29,9 @@ from poip_chain.control.gateway.metrics import Metrics
 from poip_chain.control.gateway.settings import GatewaySettings
 from poip_chain.control.gateway.store import ApiKey, GatewayStore
 from poip_chain.control.nodes import Choice, Need, NodeDirectory, NoNode
-from poip_chain.control.tokenizer import StopStrings
 from poip_chain.control.view import ChainView
 from poip_chain.errors import InsufficientFunds, PoipError, Refused, Unavailable
+from poip_chain.service.engine.tokenizer import StopStrings
 from poip_chain.spec.objects import FinishReason, Request
 from poip_chain.spec.transcript import prompt_root
 from poip_chain.spec.types import Address

@@ -25,6 +25,7 @@ from typing import Any
 
 from poip_chain.errors import InvalidInput
 from poip_chain.service.engine.model import chat_template
+from poip_chain.service.engine.tokenizer import Tokenizer
 
 CONTENTS = ("prose", "code", "languages", "data", "chat", "random", "repeated", "mixed", "long", "searched")
 """Raw scores name them by their place here: append, never reorder."""
@@ -77,17 +78,10 @@ _QUESTIONS = (
 
 
 class Prompts:
-    """Makes prompts for one model's tokenizer. Raises InvalidInput if its tokenizer.json cannot be read."""
+    """Makes prompts for one model's tokenizer. Raises NotFound or IntegrityError if its files cannot be read."""
 
     def __init__(self, model_directory: Path, vocab_size: int, seed: int, max_tokens: int = LONG[1]) -> None:
-        import tokenizers
-
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(model_directory / "tokenizer.json"))
-        except Exception as error:  # the library raises nothing narrower
-            raise InvalidInput(f"{model_directory} has no usable tokenizer.json: {error}") from error
-        self._template = chat_template(model_directory)
-        self._special = _special_tokens(model_directory)
+        self._tokenizer = Tokenizer(model_directory)
         self._vocab, self._seed, self.longest = vocab_size, seed, max_tokens
 
     def prompt(self, content: str, index: int) -> tuple[int, ...]:
@@ -131,16 +125,9 @@ class Prompts:
 
     def _chat(self, rng: random.Random, length: int) -> list[int]:
         questions = rng.sample(_QUESTIONS, 2)
-        if not self._template:
+        if not chat_template(self._tokenizer.directory):
             return self._encode("\n".join(questions))
-        import jinja2.sandbox
-
-        messages = [{"role": "user", "content": questions[0]}]
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        text = environment.from_string(self._template).render(
-            messages=messages, add_generation_prompt=True, tools=None, **self._special
-        )
-        return self._encode(text)
+        return list(self._tokenizer.encode_chat([{"role": "user", "content": questions[0]}]))
 
     def _random(self, rng: random.Random, length: int) -> list[int]:
         return [self._any(rng) for _ in range(length)]
@@ -160,7 +147,7 @@ class Prompts:
         return self._encode(text[start : start + 8 * length])
 
     def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(self._tokenizer.encode_text(text))
 
     @cached_property
     def _prose_text(self) -> str:
@@ -174,16 +161,3 @@ class Prompts:
             return (folder / f"{name}.py").read_text(encoding="utf-8")
         except OSError:
             return Path(__file__).read_text(encoding="utf-8")
-
-
-def _special_tokens(directory: Path) -> dict[str, str]:
-    try:
-        settings = json.loads((directory / "tokenizer_config.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    values = {name: settings.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    return {
-        name: value["content"] if isinstance(value, dict) else value
-        for name, value in values.items()
-        if isinstance(value, str) or (isinstance(value, dict) and "content" in value)
-    }
