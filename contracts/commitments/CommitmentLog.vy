@@ -7,7 +7,8 @@
 @custom:contract-name CommitmentLog
 @license AGPL-3.0-only
 @notice A node commits to its receipts in batches without gaps in seq. A batch is pending until its challenge window has
-        passed with no open case; then anyone makes it final. A judge contract may convict it while it is pending: the
+        passed with no open case; then anyone makes it final. What an answer shows late in the window may be judged for one
+        response window more. A judge contract may convict it while it is pending: the
         batch's stake lock is taken and its fees are void. Final and convicted never change again.
 @custom:security
         - The log calls only the registry, the model registry and the parameters, all fixed at deployment. Every state
@@ -69,6 +70,8 @@ sealed: public(bool)
 judge_active_from: public(HashMap[address, uint64])
 # Open cases by judge and batch: only who opened a case may close it or convict by it after the window.
 _held: HashMap[address, HashMap[uint64, uint256]]
+# By batch, the later end of its window where something came to light just before its end, or in a case after it.
+_extended: HashMap[uint64, uint256]
 
 
 event BatchCommitted:
@@ -104,6 +107,13 @@ event CaseClosed:
     batch_id: indexed(uint64)
     judge: indexed(address)
     open_cases: uint256
+
+
+event WindowExtended:
+    batch_id: indexed(uint64)
+    judge: indexed(address)
+    old_end: uint256
+    new_end: uint256
 
 
 event AuditRateRaised:
@@ -226,7 +236,7 @@ def finalize(batch_list: DynArray[objects.Batch, 32]):
         assert status != batches.ABSENT, "log: no such batch"
         if status != batches.PENDING:
             continue
-        assert block.timestamp >= convert(batch.window_end, uint256), "log: window is still open"
+        assert block.timestamp >= self._window_end(batch), "log: window is still open"
         assert batches._open_cases(batch.id) == 0, "log: a case is open"
         batches._set_status(batch.id, batches.FINAL)
         extcall INodeRegistry(registry).unlock(batch.node, batch.lock)
@@ -251,7 +261,7 @@ def open_case(batch: objects.Batch):
     """
     assert self._may_judge(msg.sender, batch.committed_at), "log: caller is no judge of this batch"
     assert batches._status_of(batch) == batches.PENDING, "log: batch is not pending"
-    assert block.timestamp < convert(batch.window_end, uint256), "log: window is over"
+    assert self._in_window(batch), "log: window is over"
     batches._add_case(batch.id)
     self._held[msg.sender][batch.id] += 1
     log CaseOpened(batch_id=batch.id, judge=msg.sender, open_cases=batches._open_cases(batch.id))
@@ -267,6 +277,25 @@ def close_case(batch: objects.Batch):
     self._held[msg.sender][batch.id] -= 1
     batches._remove_case(batch.id)
     log CaseClosed(batch_id=batch.id, judge=msg.sender, open_cases=batches._open_cases(batch.id))
+
+
+@external
+def extend_window(batch: objects.Batch):
+    """
+    @notice By who holds a case of the batch, in which something came to light just now: it may be judged for one
+            response_window from now on. Does nothing where the window lasts as long anyway, or the batch is settled.
+    @param batch The batch.
+    """
+    assert self._held[msg.sender][batch.id] != 0, "log: no open case"
+    if batches._status_of(batch) != batches.PENDING:
+        return
+    new_end: uint256 = block.timestamp + staticcall IParameters(parameters).value_at(
+        parameter_names.RESPONSE_WINDOW, convert(batch.parameters_version, uint256)
+    )
+    old_end: uint256 = self._window_end(batch)
+    if new_end > old_end:
+        self._extended[batch.id] = new_end
+        log WindowExtended(batch_id=batch.id, judge=msg.sender, old_end=old_end, new_end=new_end)
 
 
 @external
@@ -432,6 +461,15 @@ def open_cases(batch_id: uint64) -> uint256:
 
 @external
 @view
+def window_end_of(batch: objects.Batch) -> uint256:
+    """
+    @notice The end of the batch's window: its window_end, or later where a late answer extended it.
+    """
+    return self._window_end(batch)
+
+
+@external
+@view
 def beacon_of(batch: objects.Batch) -> bytes32:
     """
     @notice The batch's beacon, or zero while nobody has submitted it. `beacon.vy` tells which blocks count.
@@ -498,18 +536,30 @@ def _may_judge(judge: address, committed_at: uint64) -> bool:
 def _convictable(judge: address, batch: objects.Batch) -> bool:
     if batches._status_of(batch) != batches.PENDING or not self._may_judge(judge, batch.committed_at):
         return False
-    return block.timestamp < convert(batch.window_end, uint256) or self._held[judge][batch.id] != 0
+    return self._in_window(batch) or self._held[judge][batch.id] != 0
+
+
+@internal
+@view
+def _in_window(batch: objects.Batch) -> bool:
+    return block.timestamp < convert(batch.window_end, uint256) or block.timestamp < self._extended[batch.id]
+
+
+@internal
+@view
+def _window_end(batch: objects.Batch) -> uint256:
+    return max(convert(batch.window_end, uint256), self._extended[batch.id])
 
 
 @internal
 @pure
 def _lock_of(total_fee: uint256, terms: IParameters.BatchTerms) -> uint256:
     """
-    @dev Value at risk. total_fee < 2**192 and 10**18 < 2**60: the product fits. The divisor is at least 10**4 * 10**5 *
-         5 * 10**5 by the parameters' bounds.
+    @dev Value at risk. total_fee < 2**192 and 10**18 < 2**60: the product fits. The divisor, audit_rate * detection_power
+         * (PPM - reward_share), is at least 10**4 * 10**5 * 5 * 10**5 by the parameters' bounds.
     """
-    divisor: uint256 = terms.audit_rate * terms.detection_power * (PPM - terms.reward_share)
-    return max(terms.minimum_lock, (total_fee * 10**18 + divisor - 1) // divisor)
+    divisor: uint256 = terms.eased_divisor
+    return max(terms.eased_lock, (total_fee * 10**18 + divisor - 1) // divisor)
 
 
 @internal

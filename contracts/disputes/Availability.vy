@@ -16,6 +16,8 @@
           others from one chunk by challenging itself on another, and nobody can make it publish a chunk twice.
         - Bonds are counted inside (`total_held`) and credited, never pushed: no receiver blocks a resolution. A bond
           goes back to its challenger, less a quarter for the node where it answered. Nobody else's bond is touched.
+        - An answer keeps the batch's window open for one response window, so that what it shows can be judged. Challenges
+          are taken in the original window only: a batch waits for two response windows more at most.
         - Any number of challenges is one case of the log, so nobody can use up the log's counter of cases.
         - Windows are those of the batch's revision. What a challenge asks for is fixed when it is made; the struct of
           the batch is passed again and checked, so a reorg cannot exchange it.
@@ -261,6 +263,8 @@ def answer(
         leaves=leaves,
         proof=proof,
     )
+    # Whoever saw the answer come has time to judge what it shows.
+    extcall ICommitmentLog(commitment_log).extend_window(batch)
     self._close(batch)
     # A judge that was removed meanwhile must still let the node answer.
     if staticcall ICommitmentLog(commitment_log).may_judge(self, convert(block.timestamp, uint64)):
@@ -438,11 +442,12 @@ def _challenge(batch: objects.Batch, index: uint256, part: uint256, first_leaf: 
         deadline=deadline,
         bond=bond,
     )
+    # Not in a window that an answer extended: one answer must not lead to the next challenge, on and on.
+    assert block.timestamp < convert(batch.window_end, uint256), "availability: window is over"
     self.open_challenges[batch.id] += 1
     if self.open_challenges[batch.id] == 1:
         extcall ICommitmentLog(commitment_log).open_case(batch)
     else:
-        assert block.timestamp < convert(batch.window_end, uint256), "availability: window is over"
         assert staticcall ICommitmentLog(commitment_log).convictable(self, batch), (
             "availability: batch cannot be convicted"
         )

@@ -7,8 +7,8 @@
 @license AGPL-3.0-only
 @notice A receipt is evidence against a node if it stands in one of the node's batches, or if the node's key for its seq
         signed it. Sentence: the batch of the later evidence is convicted if it can still be, else that of the earlier;
-        else an uncommitted receipt costs the share of stake pinned at registration, inside the evidence window and once
-        a receipt.
+        else an uncommitted receipt costs the share of stake pinned at registration, once a receipt, until its seq is
+        committed and inside the evidence window.
 """
 
 from ..commitments import merkle
@@ -88,13 +88,15 @@ def _sentence(
     assert not self.sentenced[evidence_hash], "evidence: sentenced already"
     if self._convict(fault, node, a_evidence.batch, a_hash, b_hash, evidence_hash):
         return
-    fresh: bool = b_evidence.batch.id == 0 and not self.sentenced[b_hash]
-    if not fresh:
-        fresh = a_evidence.batch.id == 0 and not self.sentenced[a_hash]
-    assert fresh, "evidence: sentenced already, or its batch is settled"
-    window: uint256 = staticcall IParameters(parameters).value(parameter_names.EVIDENCE_WINDOW)
-    issued_at: uint256 = convert(max(a.issued_at, b.issued_at), uint256)
-    assert block.timestamp <= issued_at + window, "evidence: expired"
+    b_fresh: bool = b_evidence.batch.id == 0 and not self.sentenced[b_hash]
+    a_fresh: bool = a_evidence.batch.id == 0 and not self.sentenced[a_hash]
+    assert a_fresh or b_fresh, "evidence: sentenced already, or its batch is settled"
+    # issued_at is the node's own statement, so it lets nothing expire that the node has yet to commit.
+    next_seq: uint64 = staticcall ICommitmentLog(commitment_log).next_seq(node)
+    if not ((a_fresh and a.seq >= next_seq) or (b_fresh and b.seq >= next_seq)):
+        window: uint256 = staticcall IParameters(parameters).value(parameter_names.EVIDENCE_WINDOW)
+        issued_at: uint256 = convert(max(a.issued_at, b.issued_at), uint256)
+        assert block.timestamp <= issued_at + window, "evidence: expired"
     self._mark(a_hash, b_hash, evidence_hash)
     taken: uint256 = 0
     paid: uint256 = 0

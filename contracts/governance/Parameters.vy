@@ -64,6 +64,7 @@ SEARCH_STEPS: constant(uint256) = 33
 
 # The word of `batch_terms`, from the lowest bit: minimum_lock, challenge_window, three rates and the revision.
 LOCK_BITS: constant(uint256) = 96
+EASED_UNTIL: constant(uint256) = 160
 WINDOW_BITS: constant(uint256) = 32
 RATE_BITS: constant(uint256) = 24
 
@@ -73,6 +74,9 @@ _current: HashMap[bytes32, uint256]
 _history: HashMap[bytes32, HashMap[uint256, uint256]]
 _history_length: HashMap[bytes32, uint256]
 _terms: uint256
+# The easiest lock of the last challenge_window: minimum_lock in bits 0..95, the divisor of the value at risk in bits
+# 96..159, until when it counts in bits 160..223.
+_eased: uint256
 _revision: uint256
 
 
@@ -122,7 +126,9 @@ def set_value(name: bytes32, new_value: uint256):
     self._revision = revision
     self._write(name, new_value, revision)
     self._check_relations()
+    old_terms: uint256 = self._terms
     self._pack_terms()
+    self._ease(old_terms)
     log ParameterChanged(name=name, old_value=old_value, new_value=new_value, revision=revision)
 
 
@@ -173,19 +179,15 @@ def revision() -> uint256:
 @view
 def batch_terms() -> IParameters.BatchTerms:
     """
-    @notice The revision and the values that a batch commitment needs, kept together in one word.
+    @notice The revision and the values that a batch commitment needs. Stake is locked by the easiest numbers of the last
+            challenge_window: what a node signed before a change, it must be able to commit with the stake it counted on.
     """
-    word: uint256 = self._terms
-    rates: uint256 = word >> (LOCK_BITS + WINDOW_BITS)
-    rate_mask: uint256 = (1 << RATE_BITS) - 1
-    return IParameters.BatchTerms(
-        revision=rates >> (3 * RATE_BITS),
-        audit_rate=rates & rate_mask,
-        detection_power=(rates >> RATE_BITS) & rate_mask,
-        reward_share=(rates >> (2 * RATE_BITS)) & rate_mask,
-        challenge_window=(word >> LOCK_BITS) & ((1 << WINDOW_BITS) - 1),
-        minimum_lock=word & ((1 << LOCK_BITS) - 1),
-    )
+    terms: IParameters.BatchTerms = self._unpacked(self._terms)
+    eased: uint256 = self._eased
+    if block.timestamp < eased >> EASED_UNTIL:
+        terms.eased_lock = min(terms.eased_lock, eased & ((1 << LOCK_BITS) - 1))
+        terms.eased_divisor = max(terms.eased_divisor, (eased >> LOCK_BITS) & (2**64 - 1))
+    return terms
 
 
 @external
@@ -235,16 +237,60 @@ def _check_bounds(name: bytes32, new_value: uint256):
 @view
 def _check_relations():
     """
-    @dev Stake and escrow must stay in reach for as long as a case about them can be opened and answered.
+    @dev Stake and escrow must stay in reach for as long as a case about them can be opened and answered: a challenge at
+         the window's end is answered one response_window later and keeps the window open for another one, at whose end
+         an accusation may begin.
     """
-    window: uint256 = self._value(parameter_names.CHALLENGE_WINDOW)
-    response: uint256 = self._value(parameter_names.RESPONSE_WINDOW)
-    accusation: uint256 = self._value(parameter_names.REVEAL_WINDOW) + self._value(parameter_names.CONTEST_WINDOW)
-    accusation += 2 * self._value(parameter_names.DISPUTE_CLOCK)
-    longest: uint256 = window + max(2 * response, accusation)
+    longest: uint256 = self._value(parameter_names.CHALLENGE_WINDOW)
+    longest += 2 * self._value(parameter_names.RESPONSE_WINDOW)
+    longest += self._value(parameter_names.REVEAL_WINDOW) + self._value(parameter_names.CONTEST_WINDOW)
+    longest += 2 * self._value(parameter_names.DISPUTE_CLOCK)
     assert self._value(parameter_names.UNBONDING_PERIOD) >= longest, "parameters: unbonding_period too short"
-    longest = window + max(response, accusation)
     assert self._value(parameter_names.THAW_PERIOD) >= longest, "parameters: thaw_period too short"
+
+
+@internal
+@pure
+def _unpacked(word: uint256) -> IParameters.BatchTerms:
+    """
+    @dev The terms of a word, with the lock that follows from them alone.
+    """
+    rates: uint256 = word >> (LOCK_BITS + WINDOW_BITS)
+    rate_mask: uint256 = (1 << RATE_BITS) - 1
+    audit_rate: uint256 = rates & rate_mask
+    detection_power: uint256 = (rates >> RATE_BITS) & rate_mask
+    reward_share: uint256 = (rates >> (2 * RATE_BITS)) & rate_mask
+    minimum_lock: uint256 = word & ((1 << LOCK_BITS) - 1)
+    return IParameters.BatchTerms(
+        revision=rates >> (3 * RATE_BITS),
+        audit_rate=audit_rate,
+        detection_power=detection_power,
+        reward_share=reward_share,
+        challenge_window=(word >> LOCK_BITS) & ((1 << WINDOW_BITS) - 1),
+        minimum_lock=minimum_lock,
+        eased_lock=minimum_lock,
+        eased_divisor=audit_rate * detection_power * (PPM - reward_share),
+    )
+
+
+@internal
+def _ease(old_word: uint256):
+    """
+    @dev Where the present terms lock more than those of `old_word`, these count for one challenge_window more. Lock and
+         divisor count each by itself: after several changes a lock may be easier than any of the terms made it.
+    """
+    old: IParameters.BatchTerms = self._unpacked(old_word)
+    new: IParameters.BatchTerms = self._unpacked(self._terms)
+    if new.minimum_lock <= old.minimum_lock and new.eased_divisor >= old.eased_divisor:
+        return
+    lock: uint256 = old.minimum_lock
+    divisor: uint256 = old.eased_divisor
+    eased: uint256 = self._eased
+    if block.timestamp < eased >> EASED_UNTIL:
+        lock = min(lock, eased & ((1 << LOCK_BITS) - 1))
+        divisor = max(divisor, (eased >> LOCK_BITS) & (2**64 - 1))
+    until: uint256 = block.timestamp + old.challenge_window
+    self._eased = (until << EASED_UNTIL) | (divisor << LOCK_BITS) | lock
 
 
 @internal

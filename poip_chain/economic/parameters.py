@@ -79,12 +79,12 @@ def check_relations(values: Mapping[str, int]) -> None:
     """
     window, response = values["challenge_window"], values["response_window"]
     accusation = values["reveal_window"] + values["contest_window"] + 2 * values["dispute_clock"]
-    for name, answers in (("unbonding_period", 2 * response), ("thaw_period", response)):
-        least = window + max(answers, accusation)
+    least = window + 2 * response + accusation
+    for name in ("unbonding_period", "thaw_period"):
         if values[name] < least:
             raise InvalidInput(
                 f"{name} is {values[name]} seconds, but must be at least {least} with a challenge_window of {window}, "
-                f"a response_window of {response} and an accusation of up to {accusation} (reveal_window + "
+                f"two response_windows of {response} and an accusation of up to {accusation} (reveal_window + "
                 f"contest_window + 2 * dispute_clock). Raise {name} first."
             )
 
@@ -143,7 +143,12 @@ PARAMETERS: tuple[Parameter, ...] = (
     ),
     Parameter("availability_bond", POIP, 1, 10**24, "wei", "bond of an availability challenge or a demand to commit"),
     Parameter(
-        "evidence_window", 14 * DAY, 10, 90 * DAY, "seconds", "equivocation expires this long after the later issued_at"
+        "evidence_window",
+        14 * DAY,
+        10,
+        90 * DAY,
+        "seconds",
+        "signed evidence of a committed seq expires this long after it",
     ),
     Parameter("protocol_fee", 10_000, 0, 200_000, "ppm", "share of final fees for the treasury"),
     Parameter("minimum_input_price", 0, 0, 10**24, "wei", "least price of a prompt token that a node may offer"),
@@ -162,17 +167,17 @@ DEVNET_PARAMETERS: tuple[Parameter, ...] = with_values(
         # A devnet's batches are small; audits should be seen all the same.
         "audit_rate": 500_000,
         "minimum_stake": 10 * POIP,
-        "challenge_window": 30,
+        "challenge_window": 40,
         "response_window": 20,
-        "unbonding_period": 200,
-        "thaw_period": 200,
+        "unbonding_period": 400,
+        "thaw_period": 400,
         "jail_period": 20,
         "key_rotation_delay": 5,
         "beacon_delay": 2,
         "evidence_window": 600,
         "reveal_window": 10,
-        "contest_window": 30,
-        "dispute_clock": 60,
+        "contest_window": 45,
+        "dispute_clock": 120,
     },
 )
 """The same network with windows of seconds, for a devnet whose blocks come every second or so."""

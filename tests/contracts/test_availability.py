@@ -129,7 +129,7 @@ class TestChallenge:
         with boa.reverts():
             network.availability.challenge(batch, 0, 1, 0, sender=account("poor").address)
         boa.env.time_travel(seconds=network.value("challenge_window"))
-        with boa.reverts("log: window is over"):
+        with boa.reverts("availability: window is over"):
             network.availability.challenge(batch, 0, 1, 0, sender=CHALLENGER)
 
     def test_the_window_is_pinned(self, full_audit: Network, server: Server) -> None:
@@ -320,6 +320,79 @@ class TestAnswer:
             assert network.availability.challenge_info(challenge_id).status == ANSWERED
 
 
+class TestLateAnswer:
+    """What a challenge brings to light just before the window's end, or after it, can still be judged."""
+
+    def late(self, network: Network, server: Server, **serve: Any) -> tuple[Committed, int]:
+        """A challenge in the window's last second, answered at its deadline; (batch, index of the answered receipt)."""
+        committed = server.serve_and_commit(CLIENT, 2, **serve)
+        network.submit_beacon(committed.batch)
+        boa.env.time_travel(seconds=committed.batch.window_end - 1 - system.now())
+        challenge_id = challenge(network, committed)
+        boa.env.time_travel(seconds=network.value("response_window"))
+        network.availability.answer(*answer_arguments(network, committed, challenge_id))
+        return committed, network.availability.challenge_info(challenge_id).index
+
+    def test_an_offence_that_it_shows_convicts(self, full_audit: Network, server: Server) -> None:
+        network = full_audit
+        committed, index = self.late(network, server, receipt_changes={"fee": 1})
+        assert system.now() > committed.batch.window_end
+        assert network.log.open_cases(committed.batch.id) == 0
+        assert network.log.window_end_of(committed.batch.values()) == system.now() + network.value("response_window")
+        answer = committed.answers[index]
+        with boa.reverts("log: window is still open"):
+            network.log.finalize([committed.batch.values()])
+        boa.env.time_travel(seconds=network.value("response_window") - 1)
+        network.offences.prove_receipt(
+            answer.receipt.values(), committed.evidence(index), answer.request.values(), answer.params.values()
+        )
+        assert network.log.status(committed.batch.id) == CONVICTED
+
+    def test_a_judge_may_open_its_case(self, full_audit: Network, server: Server) -> None:
+        network = full_audit
+        committed, _ = self.late(network, server)
+        batch = committed.batch.values()
+        end = network.log.window_end_of(batch)
+        with boa.env.anchor():
+            boa.env.time_travel(seconds=end - 1 - system.now())
+            network.log.open_case(batch, sender=network.offences.address)
+            boa.env.time_travel(seconds=100)
+            network.log.convict(batch, CHALLENGER, bytes(32), bytes(32), sender=network.offences.address)
+            assert network.log.status(committed.batch.id) == CONVICTED
+        boa.env.time_travel(seconds=end - system.now())
+        with boa.reverts("log: window is over"):
+            network.log.open_case(batch, sender=network.offences.address)
+        assert not network.log.convictable(network.offences, batch)
+        network.log.finalize([batch])
+        assert network.log.status(committed.batch.id) == FINAL
+
+    def test_it_leads_to_no_further_challenge(self, full_audit: Network, server: Server) -> None:
+        """Else one challenge after the other would keep a batch from its end."""
+        committed, _ = self.late(full_audit, server)
+        with boa.reverts("availability: window is over"):
+            challenge(full_audit, committed, Part.PROMPT)
+
+    def test_an_early_answer_extends_nothing(self, full_audit: Network, server: Server) -> None:
+        network = full_audit
+        committed = server.serve_and_commit(CLIENT)
+        challenge_id = challenge(network, committed)
+        network.availability.answer(*answer_arguments(network, committed, challenge_id))
+        assert network.log.window_end_of(committed.batch.values()) == committed.batch.window_end
+        network.finalize(committed.batch)
+
+    def test_only_who_holds_a_case_extends(self, full_audit: Network, server: Server) -> None:
+        network = full_audit
+        committed = server.serve_and_commit(CLIENT)
+        challenge_id = challenge(network, committed)
+        for who in (CHALLENGER, network.offences.address, server.operator):
+            with boa.reverts("log: no open case"):
+                network.log.extend_window(committed.batch.values(), sender=who)
+        network.log.convict(committed.batch.values(), CHALLENGER, bytes(32), bytes(32), sender=network.offences.address)
+        boa.env.time_travel(seconds=network.value("response_window"))
+        network.availability.answer(*answer_arguments(network, committed, challenge_id))
+        assert network.log.status(committed.batch.id) == CONVICTED
+
+
 class TestWithholding:
     def test_conviction(self, full_audit: Network, server: Server) -> None:
         network = full_audit
@@ -431,6 +504,17 @@ class TestDemands:
         boa.env.time_travel(seconds=network.value("response_window") + 1)
         assert network.availability.resolve_demand(late), "it had committed again, so this is another fault"
         assert network.stake_of(server.node) < after
+
+    def test_a_harder_lock_slashes_nobody(self, network: Network, server: Server) -> None:
+        """The node has the stake that the receipt called for when it was signed, and has the time to commit it."""
+        answer = server.serve(CLIENT)
+        for name, value in (("minimum_lock", 10**24), ("audit_rate", 10_000), ("reward_share", 500_000)):
+            network.set_value(name, value)
+        demand_id = self.demand(network, server, answer)
+        boa.env.time_travel(seconds=network.value("response_window"))
+        server.commit([answer])
+        boa.env.time_travel(seconds=1)
+        assert not network.availability.resolve_demand(demand_id)
 
     def test_committed(self, network: Network, server: Server) -> None:
         answer = server.serve(CLIENT)

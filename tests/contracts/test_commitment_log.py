@@ -67,8 +67,17 @@ class TestCommit:
         terms = [network.value(name) for name in ("audit_rate", "detection_power")]
         divisor = terms[0] * terms[1] * (10**6 - network.value("reward_share"))
         assert batch.lock == -(-total * 10**18 // divisor) > network.value("minimum_lock")
-        _, *rates, _, minimum = network.parameters.batch_terms()
-        assert LockTerms(*rates, minimum).lock(total) == batch.lock, "nodes reckon as the log does"
+        t = network.parameters.batch_terms()
+        terms_now = LockTerms(t.audit_rate, t.detection_power, t.reward_share, t.minimum_lock)
+        assert terms_now.lock(total) == batch.lock, "nodes reckon as the log does"
+        # A harder lock counts a challenge_window after it was set: what is signed can be committed.
+        with boa.env.anchor():
+            minimum = network.value("minimum_lock")
+            network.set_value("minimum_lock", 10**24)
+            assert server.serve_and_commit(CLIENT).batch.lock == minimum
+            boa.env.time_travel(seconds=network.value("challenge_window"))
+            with boa.reverts("stakes: not enough free stake"):
+                server.serve_and_commit(CLIENT)
         # What cheating on the whole batch would gain is less than what it may cost.
         assert batch.lock * terms[0] * terms[1] * (10**6 - network.value("reward_share")) >= total * 10**18
 

@@ -321,13 +321,42 @@ class TestEvidence:
             prove(network, committed.answers[0], (forged.values(), 0, [], b""))
 
     def test_evidence_expires(self, network: Network, server: Server) -> None:
+        """From when its seq is committed on: until then nobody may have had an occasion to use it."""
         answer = server.serve(CLIENT, receipt_changes={"fee": 1})
         evidence = server.signed(answer.receipt)[1]
         boa.env.time_travel(seconds=network.value("evidence_window") + 1)
+        with boa.env.anchor():
+            assert prove(network, answer, evidence) == Fault.FEE
+        server.commit([answer.with_receipt(fee=2)])
         with boa.reverts("evidence: expired"):
             prove(network, answer, evidence)
         boa.env.time_travel(seconds=-1)
         assert prove(network, answer, evidence) == Fault.FEE
+
+    @pytest.mark.parametrize("age", [0, None])
+    def test_a_receipt_dated_long_ago_counts_until_it_is_committed(
+        self, network: Network, server: Server, age: int | None
+    ) -> None:
+        """Its date is the node's own statement: it must not let evidence expire that nobody could have used before."""
+        window = network.value("evidence_window")
+        old = 0 if age is None else system.now() - window - 1
+        answer = server.serve(CLIENT, receipt_changes={"fee": 1, "issued_at": old})
+        twin = answer.with_receipt(fee=2)
+        first, second = (server.signed(r)[1] for r in (answer.receipt, twin.receipt))
+        with boa.env.anchor():
+            network.offences.prove_equivocation(answer.receipt.values(), first, twin.receipt.values(), second)
+        with boa.env.anchor():
+            assert prove(network, answer, first) == Fault.FEE
+        # Committed, it convicts its batch and so does its twin; what is signed beside it is old.
+        committed = server.commit([answer])
+        with boa.env.anchor():
+            network.offences.prove_equivocation(
+                twin.receipt.values(), second, answer.receipt.values(), committed.evidence(0)
+            )
+            assert network.log.status(committed.batch.id) == CONVICTED
+        network.finalize(committed.batch)
+        with boa.reverts("evidence: expired"):
+            prove(network, twin, second)
 
     def test_a_final_batch_is_settled(self, network: Network, server: Server) -> None:
         committed = server.commit([server.serve(CLIENT, receipt_changes={"fee": 1})])

@@ -15,6 +15,7 @@ from poip_chain.economic.parameters import (
     DEVNET_PARAMETERS,
     MAX_VALUE,
     PARAMETERS,
+    POIP,
     Parameter,
     parameter_key,
     with_values,
@@ -115,24 +116,20 @@ def test_periods_cover_the_longest_case(parameters: Any) -> None:
     window, response = value_of(parameters, "challenge_window"), value_of(parameters, "response_window")
     accusation = value_of(parameters, "reveal_window") + value_of(parameters, "contest_window")
     accusation += 2 * value_of(parameters, "dispute_clock")
+    longest = window + 2 * response + accusation
     for name in ("unbonding_period", "thaw_period"):
-        set_parameter(parameters, name, window + accusation)
-    for name in ("reveal_window", "contest_window", "dispute_clock"):
-        with boa.reverts("parameters: unbonding_period too short"):
-            set_parameter(parameters, name, value_of(parameters, name) + 1)
-    for name in ("reveal_window", "contest_window", "dispute_clock"):
-        set_parameter(parameters, name, 5)
-    set_parameter(parameters, "unbonding_period", window + 2 * response)
-    set_parameter(parameters, "thaw_period", window + response)
+        set_parameter(parameters, name, longest)
     for name in ("unbonding_period", "thaw_period"):
         with boa.reverts(f"parameters: {name} too short"):
-            set_parameter(parameters, name, value_of(parameters, name) - 1)
-    for name, value in (("challenge_window", window), ("response_window", response)):
+            set_parameter(parameters, name, longest - 1)
+    parts = ("challenge_window", "response_window", "reveal_window", "contest_window", "dispute_clock")
+    for name in parts:
         with boa.reverts("parameters: unbonding_period too short"):
-            set_parameter(parameters, name, value + 1)
-    set_parameter(parameters, "unbonding_period", window + 2 * response + 10)
-    with boa.reverts("parameters: thaw_period too short"):
-        set_parameter(parameters, "challenge_window", window + 1)
+            set_parameter(parameters, name, value_of(parameters, name) + 1)
+    set_parameter(parameters, "unbonding_period", longest + 2)
+    for name in parts:
+        with boa.reverts("parameters: thaw_period too short"):
+            set_parameter(parameters, name, value_of(parameters, name) + 1)
 
 
 def test_constructor_refuses_bad_lists() -> None:
@@ -187,6 +184,45 @@ def test_terms_hold_the_extremes(name: str) -> None:
         terms = contract.batch_terms()
         expected = {p.name: p.value for p in PARAMETERS} | {name: value}
         assert {n: getattr(terms, n) for n in BATCH_TERMS} == {n: expected[n] for n in BATCH_TERMS}
+
+
+def eased(contract: Any) -> tuple[int, int]:
+    terms = contract.batch_terms()
+    return terms.eased_lock, terms.eased_divisor
+
+
+def test_a_harder_lock_waits_for_a_challenge_window(parameters: Any) -> None:
+    """What was signed before the change can be committed with the stake that its node counted on."""
+    contract, values = parameters, {p.name: p.value for p in PARAMETERS}
+    window = values["challenge_window"]
+
+    def divisor(audit: int, power: int, share: int) -> int:
+        return audit * power * (10**6 - share)
+
+    start = (POIP, divisor(100_000, 800_000, 300_000))
+    assert eased(contract) == start
+    set_parameter(contract, "minimum_lock", 5 * POIP)
+    assert contract.batch_terms().minimum_lock == 5 * POIP
+    boa.env.time_travel(seconds=window - 1)
+    assert eased(contract) == start
+    boa.env.time_travel(seconds=1)
+    assert eased(contract) == (5 * POIP, start[1])
+    # An easier lock counts at once, and is held against a harder one after it.
+    set_parameter(contract, "minimum_lock", 2 * POIP)
+    set_parameter(contract, "audit_rate", 200_000)
+    easy = (2 * POIP, 2 * start[1])
+    assert eased(contract) == easy
+    set_parameter(contract, "minimum_lock", 3 * POIP)
+    boa.env.time_travel(seconds=window // 2)
+    set_parameter(contract, "detection_power", 400_000)
+    assert eased(contract) == easy
+    # What does not touch the lock, or eases it, prolongs nothing.
+    boa.env.time_travel(seconds=window // 2)
+    set_parameter(contract, "protocol_fee", 0)
+    set_parameter(contract, "reward_share", 200_000)
+    assert eased(contract) == easy
+    boa.env.time_travel(seconds=window // 2)
+    assert eased(contract) == (3 * POIP, divisor(200_000, 400_000, 200_000))
 
 
 def test_python_list_refuses_what_the_contract_refuses() -> None:

@@ -30,7 +30,7 @@ from tests.contracts.system import OWNER, account, now
 LABELS = ("first", "second")
 BENEFICIARIES = [account("accuser").address, account("first operator").address]
 MINIMUM_STAKE, REWARD_SHARE, SLASH_SHARE = 50, 300_000, 200_000
-UNBONDING, JAIL = 70, 20
+UNBONDING, JAIL = 90, 20
 PPM = 10**6
 REASON, EVIDENCE = b"\1" * 32, b"\2" * 32
 labels = st.sampled_from(LABELS)

@@ -30,6 +30,7 @@ VAULT = Address("0x2222222222222222222222222222222222222222")
 REGISTRY = Address("0x3333333333333333333333333333333333333333")
 CHAIN_ID = 31337
 WINDOW = 100
+RESPONSE = 60
 RATE_PPM = 500_000
 TERMS = LockTerms(audit_rate=RATE_PPM, detection_power=800_000, reward_share=300_000, minimum_lock=10**18)
 
@@ -43,17 +44,21 @@ class State:
     batches: dict[int, Batch] = field(default_factory=dict)
     status: dict[int, BatchStatus] = field(default_factory=dict)
     cases: dict[int, int] = field(default_factory=dict)
+    extended: dict[int, int] = field(default_factory=dict)
     next_seq: int = 0
     node_cum: int = 0
     escrow: dict[Address, int] = field(default_factory=dict)
     thawing: dict[Address, int] = field(default_factory=dict)
     settled: dict[Address, int] = field(default_factory=dict)
     buckets: dict[tuple[int, Address], int] = field(default_factory=dict)
+    collected: dict[tuple[int, Address], int] = field(default_factory=dict)
     earned: int = 0
     paid_out: int = 0
     challenges: dict[int, Duty] = field(default_factory=dict)
     stake: int = 10**24
+    terms: LockTerms = TERMS
     jailed: bool = False
+    """As in the registry: it stops new service, not the commitment of what was signed."""
     sunset: int = 0
     answered: dict[int, list[bytes]] = field(default_factory=dict)
     demands: dict[int, Duty] = field(default_factory=dict)
@@ -187,7 +192,7 @@ class ModelChain:
 
     def backing(self) -> Backing:
         state = self._up()
-        return Backing(state.next_seq, _free_stake(state), TERMS, tuple(self._offers))
+        return Backing(state.next_seq, _free_stake(state), state.terms, tuple(self._offers))
 
     def collectable(self, payer: Address) -> int:
         return self._up().escrow.get(payer, 0)
@@ -198,6 +203,12 @@ class ModelChain:
 
     def open_cases(self, batch: Batch) -> int:
         return self._up().cases.get(batch.id, 0)
+
+    def window_end(self, batch: Batch) -> int:
+        return max(batch.window_end, self._up().extended.get(batch.id, 0))
+
+    def collected(self, batch: Batch) -> int:
+        return sum(amount for (number, _), amount in self._up().collected.items() if number == batch.id)
 
     def _at(self, depth: int) -> State:
         now = self._up()
@@ -241,9 +252,8 @@ class ModelChain:
 
     def send_commit(self, key: str, *, batch: Batch, locator: str) -> None:
         def run(state: State) -> list[object]:
-            _require(not state.jailed, "stakes: node jailed")
             _require(batch.first_seq == state.next_seq, "log: first_seq is not next")
-            lock = TERMS.lock(batch.total_fee)
+            lock = state.terms.lock(batch.total_fee)
             _require(lock <= _free_stake(state), "stakes: not enough free stake")
             state.node_cum += batch.total_fee
             state.next_seq += batch.count
@@ -270,7 +280,8 @@ class ModelChain:
                 if state.status.get(batch.id) is BatchStatus.FINAL:
                     continue
                 _require(state.status.get(batch.id) is BatchStatus.PENDING, "log: batch is not pending")
-                _require(state.time >= batch.window_end, "log: window is open")
+                window_end = max(batch.window_end, state.extended.get(batch.id, 0))
+                _require(state.time >= window_end, "log: window is open")
                 _require(state.cases.get(batch.id, 0) == 0, "log: a case is open")
                 state.status[batch.id] = BatchStatus.FINAL
                 events.append(Ended(batch.id, BatchStatus.FINAL))
@@ -306,6 +317,9 @@ class ModelChain:
             _require(high > low, "vault: nothing to collect")
             amount = min(high - low, state.escrow.get(payer, 0))
             _require(amount > 0, "vault: escrow is empty")
+            collected = sum(paid for (number, _), paid in state.collected.items() if number == batch.id)
+            _require(collected + amount <= batch.total_fee, "vault: above the batch's total")
+            state.collected[batch.id, payer] = state.collected.get((batch.id, payer), 0) + amount
             state.settled[payer] = low + amount
             state.escrow[payer] -= amount
             state.buckets[batch.id, payer] = state.buckets.get((batch.id, payer), 0) + amount
@@ -366,6 +380,7 @@ class ModelChain:
                 _require(root_from_proof(leaves, list(wanted), count, proof) == root, "availability: wrong leaves")
             state.answered[duty.id] = list(leaves)
             state.cases[batch.id] -= 1
+            state.extended[batch.id] = state.time + RESPONSE
             return [Answered(DutyKind.CHALLENGE, duty.id)]
 
         self._send(key, run)
@@ -381,4 +396,16 @@ def _require(condition: bool, reason: str) -> None:
         raise TransactionFailed(f"the contract refused: {reason}.")
 
 
-__all__ = ["CHAIN_ID", "LOG", "RATE_PPM", "REGISTRY", "VAULT", "WINDOW", "ModelChain", "NotFound", "State"]
+__all__ = [
+    "CHAIN_ID",
+    "LOG",
+    "RATE_PPM",
+    "REGISTRY",
+    "RESPONSE",
+    "TERMS",
+    "VAULT",
+    "WINDOW",
+    "ModelChain",
+    "NotFound",
+    "State",
+]

@@ -38,8 +38,8 @@ from tests.engines.node_kit import INPUT_PRICE, OUTPUT_PRICE, PROFILE, Client, k
 
 ROOT = Path(__file__).resolve().parents[2]
 # Nodes are forked from a process that has the imports done: a start takes a fraction of a second instead of some.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["poip_chain.service.node.app"])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["poip_chain.service.node.app"])
 # One client for all polling: building one costs a tenth of a second, for a TLS context that is never used. It keeps no
 # connection open, so it need not be closed.
 HTTP = httpx.Client(verify=False, trust_env=False, timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
@@ -48,8 +48,8 @@ POIP = 10**18
 WINDOWS = {
     "challenge_window": 6,
     "response_window": 20,
-    "unbonding_period": 60,
-    "thaw_period": 40,
+    "unbonding_period": 100,
+    "thaw_period": 80,
     "jail_period": 5,
     "key_rotation_delay": 5,
     "beacon_delay": 1,
@@ -180,9 +180,7 @@ class NodeProcess:
         config = self.folder / "node.toml"
         config.write_text("".join(f"{name} = {_toml(value)}\n" for name, value in values.items()))
         environment = {"POIP_PASSWORD": PASSWORD, "POIP_ALLOW_CRASH_POINTS": "1", "POIP_CRASH_AT": crash_at}
-        self.process = _FORKS.Process(
-            target=run_node, args=(config, self.folder / "node.log", environment), daemon=True
-        )
+        self.process = FORKS.Process(target=run_node, args=(config, self.folder / "node.log", environment), daemon=True)
         self.process.start()
         if wait:
             wait_until(lambda: self.up() or self.ended(), 90, "the node starts")

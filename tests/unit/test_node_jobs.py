@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from poip_chain.service.node.refusals import RequestRefused
 from poip_chain.service.node.schema import BatchState, CollectionState, StoredVoucher
 from poip_chain.spec.objects import FinishReason, Part, Receipt, Voucher
 from poip_chain.spec.types import ZERO_HASH
-from tests.engines.model_chain import WINDOW
+from tests.engines.model_chain import RESPONSE, TERMS, WINDOW
 from tests.engines.node_kit import Client, Kit, key_of
 
 
@@ -315,20 +316,85 @@ def test_a_rotated_key_signs_nothing_that_would_be_void(kit: Kit) -> None:
     ask(kit, 1)
 
 
-def test_a_node_that_cannot_commit_takes_no_requests(kit: Kit) -> None:
-    """Jailed, for example: what it signed is kept, nothing more is signed, and it goes on when it may."""
+def test_a_jailed_node_commits_what_it_signed(kit: Kit) -> None:
+    """The jail stops new service. What was signed must be committed, and is paid."""
     receipts = ask(kit, 4)
     kit.chain.state.jailed = True
+    settle_all(kit)
+    assert kit.node.batching.blocked is None
+    assert kit.chain.state.earned == owed(receipts)
+
+
+def test_a_node_that_cannot_commit_takes_no_requests(kit: Kit) -> None:
+    """What it signed is kept, nothing more is signed, and it goes on when it may."""
+    receipts = ask(kit, 4)
+    kit.chain.state.stake = 0
     kit.round()
-    with pytest.raises(RequestRefused, match="node jailed") as caught:
+    with pytest.raises(RequestRefused, match="free stake") as caught:
         kit.ask()
     assert (caught.value.status, caught.value.code) == (503, "cannot_commit")
     health = asyncio.run(kit.node.health())
-    assert health["status"] == "degraded" and "jailed" in health["trouble"]["batches"]
-    kit.chain.state.jailed = False
+    assert health["status"] == "degraded" and "free stake" in health["trouble"]["batches"]
+    kit.chain.state.stake = 10**24
     settle_all(kit)
     assert kit.chain.state.earned == owed(receipts)
     ask(kit, 1)
+
+
+def fees_lock_alone(kit: Kit, stake_for: int) -> None:
+    """No least lock; stake for so many of the receipts that `ask` makes."""
+    kit.chain.state.terms = dataclasses.replace(TERMS, minimum_lock=0)
+    fee = kit.node.store.node_cum_before(1)
+    kit.chain.state.stake = kit.chain.state.terms.lock(stake_for * fee)
+
+
+def test_a_batch_above_the_free_stake_is_cut(kit: Kit) -> None:
+    """Whatever took the stake, the receipts that the rest carries are committed, and the others when it is free again."""
+    receipts = ask(kit, 4)
+    fees_lock_alone(kit, 3)
+    kit.round()
+    assert [(b.first_seq, b.count, b.state.value) for b in kit.node.store.batches(*BatchState)] == [
+        (0, 3, "committed"),
+        (3, 1, "composed"),
+    ]
+    kit.restart()
+    settle_all(kit)
+    settle_all(kit)
+    assert states(kit) == ["final", "final"]
+    assert kit.chain.state.earned == owed(receipts)
+    assert kit.node.ledger.collections()["settled"] == 2
+
+
+def test_a_batch_that_was_sent_is_never_cut(kit: Kit) -> None:
+    """It may still be mined: a second batch of the same receipts would be another history."""
+    ask(kit, 4)
+    kit.node.jobs.step()
+    assert kit.chain.sends == [f"commit:{kit.key.address}:0#0"]
+    fees_lock_alone(kit, 3)
+    kit.chain.mine()
+    for _ in range(3):
+        kit.round()
+    assert [(b.count, b.state.value) for b in kit.node.store.batches(*BatchState)] == [(4, "composed")]
+    fees_lock_alone(kit, 4)
+    kit.round()
+    assert states(kit) == ["committed"]
+
+
+def test_a_late_answer_puts_finality_off(kit: Kit) -> None:
+    """The window stays open for what the answer shows; a finalize before its end would revert."""
+    ask(kit, 4)
+    kit.round()
+    (batch,) = kit.chain.state.batches.values()
+    kit.chain.mine(batch.window_end - 2 - kit.chain.state.time)
+    number = kit.chain.challenge(1, 2, 1, 0, kit.chain.state.time + RESPONSE)
+    kit.round()
+    assert number in kit.chain.state.answered
+    kit.round(5)
+    assert kit.chain.state.time > batch.window_end
+    assert not any(key.startswith("finalize:") for key in kit.chain.sends)
+    kit.round(RESPONSE)
+    kit.round()
+    assert states(kit) == ["final"]
 
 
 def test_a_batch_without_free_stake_is_tried_again(kit: Kit) -> None:
@@ -516,6 +582,33 @@ def test_plans(vouchers: list[StoredVoucher], reach: int | None, last: Any) -> N
     plan = plan_collection([A, B, C], vouchers)
     assert (plan and plan.reach) == reach
     assert (plan and plan.last) == last
+
+
+@pytest.mark.parametrize(
+    ("vouchers", "limit", "reach"),
+    [
+        ([held(500)], 30, 30),
+        ([held(500)], 29, 10),
+        ([held(500), held(25, B.struct_hash())], 29, 25),
+        ([held(500)], 9, None),
+    ],
+)
+def test_plans_keep_below_what_the_vault_takes(vouchers: list[StoredVoucher], limit: int, reach: int | None) -> None:
+    plan = plan_collection([A, B, C], vouchers, limit)
+    assert (plan and plan.reach) == reach
+
+
+def test_no_collect_above_the_batch_total(kit: Kit) -> None:
+    """The vault refuses what would make a batch's collects exceed its total: nothing of the kind is sent."""
+    receipts = ask(kit, 4)
+    kit.node.jobs.step()
+    kit.chain.mine()
+    kit.chain.state.collected[1, key_of("another payer").address] = receipts[0].fee
+    for _ in range(3):
+        kit.round(60)  # the payer's next voucher might be a better one: it waits
+    assert kit.node.jobs.trouble() == {}
+    paid = kit.chain.state.settled.get(kit.client.address, 0)
+    assert paid == owed(receipts[:3])
 
 
 def test_states_are_complete() -> None:

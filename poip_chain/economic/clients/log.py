@@ -53,6 +53,10 @@ class Log(ContractClient):
         """How many cases keep the batch from becoming final."""
         return int(self.read("open_cases", batch_id))
 
+    def window_end_of(self, batch: Batch) -> int:
+        """The end of the batch's window, Unix seconds: later than its `window_end` where a late answer extended it."""
+        return int(self.read("window_end_of", batch.values()))
+
     def beacon_at(self, block_number: int) -> Hash32 | None:
         """The mixHash of a block that somebody has submitted."""
         value = Hash32(bytes(self.read("beacon_at", block_number)))

@@ -27,8 +27,10 @@ class Parameters(ContractClient):
         return int(self.read("value_at", parameter_key(name), revision))
 
     def lock_terms(self) -> LockTerms:
-        """What decides how much stake the next batch locks."""
-        _, audit_rate, detection_power, reward_share, _, minimum_lock = (int(v) for v in self.read("batch_terms"))
+        """What decides how much stake a batch locks that is signed now. For a challenge_window after a number was made
+        harder, the log still locks by the easier one: that is for receipts signed before."""
+        terms = [int(value) for value in self.read("batch_terms")]
+        _, audit_rate, detection_power, reward_share, _, minimum_lock = terms[:6]
         return LockTerms(audit_rate, detection_power, reward_share, minimum_lock)
 
     def revision(self) -> int:

@@ -30,6 +30,10 @@ class Vault(ContractClient):
         """What was collected for a batch and waits for its outcome."""
         return int(self.read("bucket", batch_id, payer))
 
+    def collected(self, batch_id: int) -> int:
+        """What was collected for a batch from all payers; at most its total_fee."""
+        return int(self.read("collected", batch_id))
+
     def earned(self, node: Address) -> int:
         """What the node may withdraw."""
         return int(self.read("earned", node))

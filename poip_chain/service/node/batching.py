@@ -1,6 +1,7 @@
 """From receipts to final batches: compose, commit, and finalise when the window has ended.
 
-A batch is stored before it is sent, so the same first_seq always gets the same batch. Every method is one idempotent
+A batch is stored before it is sent, and never changes once it was, so the same first_seq always gets the same batch. One
+that was not sent yet is cut in two if the free stake does not carry the whole. Every method is one idempotent
 round. It knows the chain only through `NodeChain`.
 """
 
@@ -63,7 +64,7 @@ class Batching:
             if batch.first_seq > covered:
                 # The log takes batches in order only; the next one is sent when this one is mined.
                 break
-            self._send(batch)
+            self._send(self._carried(batch))
 
     def _compose(self, demanded: bool) -> StoredBatch | None:
         now = self._clock()
@@ -76,6 +77,31 @@ class Batching:
             crash_point("batch_composed")
             log.info("batch composed", first_seq=composed.first_seq, count=composed.count)
         return composed
+
+    def _carried(self, batch: StoredBatch) -> StoredBatch:
+        """The batch, or a first part of it that the free stake can carry. What was ever sent stays as it is: it may still
+        be mined. Where not even one receipt is carried, the whole is tried: the chain may lock less than reckoned."""
+        if self._transactions.begun(self._job(batch)):
+            return batch
+        backing = self._chain.backing()
+        if backing.terms.lock(batch.total_fee) <= backing.free_stake:
+            return batch
+        count, fees = 0, 0
+        for stored in self._store.receipts_in(batch)[:-1]:
+            fees += stored.receipt.fee
+            if backing.terms.lock(fees) > backing.free_stake:
+                break
+            count += 1
+        if count == 0:
+            return batch
+        log.warning(
+            "batch cut: its lock exceeds the free stake", first_seq=batch.first_seq, count=batch.count, now=count,
+            free_stake=backing.free_stake,
+        )  # fmt: skip
+        return self._store.cut(batch.first_seq, count)
+
+    def _job(self, batch: StoredBatch) -> str:
+        return f"commit:{self._chain.node}:{batch.first_seq}"
 
     def _send(self, batch: StoredBatch) -> None:
         draft = Batch(
@@ -100,7 +126,7 @@ class Batching:
             self._chain.send_commit(key, batch=draft, locator=self._locator)
             crash_point("commit_sent")
 
-        job = f"commit:{self._chain.node}:{batch.first_seq}"
+        job = self._job(batch)
         self._transactions.ensure(job, lambda: self._chain.next_seq() > batch.first_seq, send)
         self.blocked = self._transactions.refused(job)
 
@@ -111,7 +137,9 @@ class Batching:
             batch = stored.batch
             if batch is None or batch.window_end > chain_time:
                 continue
-            if self._chain.status(batch) is BatchStatus.PENDING and self._chain.open_cases(batch) == 0:
+            if self._chain.status(batch) is not BatchStatus.PENDING or self._chain.open_cases(batch) != 0:
+                continue
+            if self._chain.window_end(batch) <= chain_time:
                 due.append(batch)
             if len(due) == MAX_FINALIZE:
                 break

@@ -71,6 +71,11 @@ class NetworkChain:
             confirmations,
         )
 
+    @property
+    def outbox(self) -> Outbox:
+        """The outbox of the node key: it has only one."""
+        return self._outbox
+
     def close(self) -> None:
         """Release files and connections."""
         self._follower.close()
@@ -129,6 +134,14 @@ class NetworkChain:
     def open_cases(self, batch: Batch) -> int:
         """See NodeChain."""
         return self._network.log.open_cases(batch.id)
+
+    def window_end(self, batch: Batch) -> int:
+        """See NodeChain."""
+        return self._network.log.window_end_of(batch)
+
+    def collected(self, batch: Batch) -> int:
+        """See NodeChain."""
+        return self._network.vault.collected(batch.id)
 
     def settled(self, payer: Address, depth: int = 0) -> int:
         """See NodeChain."""

@@ -38,8 +38,11 @@ class Plan:
     moved_on: bool
 
 
-def plan_collection(receipts: Sequence[Receipt], vouchers: Sequence[StoredVoucher]) -> Plan | None:
-    """The plan that reaches furthest for one payer's receipts of a batch (in order), by the vault's rules:
+def plan_collection(
+    receipts: Sequence[Receipt], vouchers: Sequence[StoredVoucher], limit: int | None = None
+) -> Plan | None:
+    """The plan that reaches furthest, but not beyond `limit`, for one payer's receipts of a batch (in order), by the
+    vault's rules:
 
     `last` must be named by the voucher if it was cancelled, and must not end beyond one that names another receipt.
     None if no voucher pays anything.
@@ -55,6 +58,8 @@ def plan_collection(receipts: Sequence[Receipt], vouchers: Sequence[StoredVouche
             if not named and voucher.last_receipt_hash != ZERO_HASH and receipt.payer_cum > voucher.cumulative:
                 continue
             reach = min(receipt.payer_cum, voucher.cumulative)
+            if limit is not None and reach > limit:
+                continue
             if best is None or reach > best.reach:
                 best = Plan(held, receipt, reach, False)
     if best is None or best.reach <= receipts[0].payer_cum - receipts[0].fee:
@@ -96,11 +101,18 @@ class Collector:
             return self._close(due, CollectionState.VOID)
         own = [(i, r.receipt) for i, r in enumerate(self._store.receipts_in(stored)) if r.receipt.payer == due.payer]
         receipts = [receipt for _, receipt in own]
-        plan = plan_collection(receipts, self._store.vouchers_for(due.payer, [r.struct_hash() for r in receipts]))
+        vouchers = self._store.vouchers_for(due.payer, [r.struct_hash() for r in receipts])
+        plan = plan_collection(receipts, vouchers)
         waited = chain_time >= batch.committed_at + self._patience
         if plan is None and not waited:
             return False
         settled = self._chain.settled(due.payer)
+        if plan is not None and plan.reach > settled:
+            # All that is collected for a batch is at most its total.
+            room = batch.total_fee - self._chain.collected(batch)
+            limit = max(settled, receipts[0].payer_cum - receipts[0].fee) + room
+            if plan.reach > limit:
+                plan = plan_collection(receipts, vouchers, limit)
         if plan is not None and plan.reach > settled and (plan.reach == due.high or plan.moved_on or waited):
             self._send(due, batch, stored, plan, settled)
             return False

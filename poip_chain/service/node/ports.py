@@ -144,6 +144,12 @@ class NodeChain(Protocol):
     def open_cases(self, batch: Batch) -> int:
         """How many cases keep the batch from becoming final."""
 
+    def window_end(self, batch: Batch) -> int:
+        """Until when the batch may be judged, Unix seconds: its window_end, or later after a late answer."""
+
+    def collected(self, batch: Batch) -> int:
+        """What was collected for the batch from all payers, wei; the vault takes at most its total_fee."""
+
     def settled(self, payer: Address, depth: int = 0) -> int:
         """How far of the payer's running total is settled, as of `depth` blocks below the newest, wei."""
 

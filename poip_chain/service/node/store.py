@@ -334,47 +334,35 @@ class Store:
             head = receipts[0]
             for i, stored in enumerate(receipts):
                 if (stored.receipt.model_id, stored.profile_version) != (head.receipt.model_id, head.profile_version):
-                    receipts, rows = receipts[:i], rows[:i]
+                    receipts = receipts[:i]
                     break
             if not due(len(receipts), head.receipt.issued_at):
                 return None
             first = head.receipt.seq
             if [r.receipt.seq for r in receipts] != list(range(first, first + len(receipts))):
                 raise IntegrityError(f"there are gaps after receipt {first}.", hint="Restore the data directory.")
-            composed = StoredBatch(
-                first_seq=first,
-                count=len(receipts),
-                total_fee=sum(r.receipt.fee for r in receipts),
-                root=merkle_root([r.receipt.struct_hash() for r in receipts]),
-                model_id=head.receipt.model_id,
-                profile_version=head.profile_version,
-                composed_at=now,
-                state=BatchState.COMPOSED,
-                batch=None,
-            )
-            db.execute(
-                "INSERT INTO batches(first_seq, count, total_fee, root, model_id, profile_version, composed_at, state) "
-                "VALUES(?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    first,
-                    composed.count,
-                    str(composed.total_fee),
-                    composed.root,
-                    composed.model_id,
-                    composed.profile_version,
-                    now,
-                    BatchState.COMPOSED,
-                ),
-            )
-            db.execute(
-                "UPDATE receipts SET first_seq = ? WHERE seq BETWEEN ? AND ?", (first, first, first + len(rows) - 1)
-            )
-            for payer in {r.receipt.payer for r in receipts}:
-                own = [r.receipt for r in receipts if r.receipt.payer == payer]
-                low, high = own[0].payer_cum - own[0].fee, own[-1].payer_cum
-                state = "due" if high > low else "settled"
-                db.execute("INSERT INTO collections VALUES(?, ?, ?, ?, ?)", (first, payer, str(low), str(high), state))
-        return composed
+            return _insert_batch(db, receipts, now)
+
+    def cut(self, first_seq: int, count: int) -> StoredBatch:
+        """Shorten a composed batch to its first `count` receipts; the others are composed as a batch of their own.
+
+        Only for one that was never sent. Returns the shorter one. Raises IntegrityError unless it is composed and has
+        more than `count` receipts.
+        """
+        with self.transaction() as db:
+            row = db.execute(f"SELECT {_BATCH} FROM batches WHERE first_seq = ?", (first_seq,)).fetchone()
+            whole = _batch(row) if row else None
+            if whole is None or whole.state is not BatchState.COMPOSED or not 0 < count < whole.count:
+                raise IntegrityError(f"there is no composed batch from receipt {first_seq} on to cut after {count}.")
+            rows = db.execute(
+                f"SELECT {_RECEIPT} FROM receipts WHERE first_seq = ? ORDER BY seq", (first_seq,)
+            ).fetchall()
+            receipts = [_receipt(row) for row in rows]
+            db.execute("UPDATE receipts SET first_seq = NULL WHERE first_seq = ?", (first_seq,))
+            db.execute("DELETE FROM collections WHERE first_seq = ?", (first_seq,))
+            db.execute("DELETE FROM batches WHERE first_seq = ?", (first_seq,))
+            _insert_batch(db, receipts[count:], whole.composed_at)
+            return _insert_batch(db, receipts[:count], whole.composed_at)
 
     def batches(self, *states: BatchState) -> list[StoredBatch]:
         """All batches in these states, oldest first."""
@@ -447,6 +435,43 @@ class Store:
                 (before,),
             )
             return cursor.rowcount
+
+
+def _insert_batch(db: sqlite3.Connection, receipts: Sequence[StoredReceipt], now: int) -> StoredBatch:
+    """Compose these receipts, and what their payers owe for them."""
+    head, first = receipts[0], receipts[0].receipt.seq
+    composed = StoredBatch(
+        first_seq=first,
+        count=len(receipts),
+        total_fee=sum(r.receipt.fee for r in receipts),
+        root=merkle_root([r.receipt.struct_hash() for r in receipts]),
+        model_id=head.receipt.model_id,
+        profile_version=head.profile_version,
+        composed_at=now,
+        state=BatchState.COMPOSED,
+        batch=None,
+    )
+    db.execute(
+        "INSERT INTO batches(first_seq, count, total_fee, root, model_id, profile_version, composed_at, state) "
+        "VALUES(?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            first,
+            composed.count,
+            str(composed.total_fee),
+            composed.root,
+            composed.model_id,
+            composed.profile_version,
+            now,
+            BatchState.COMPOSED,
+        ),
+    )
+    db.execute("UPDATE receipts SET first_seq = ? WHERE seq BETWEEN ? AND ?", (first, first, first + len(receipts) - 1))
+    for payer in {r.receipt.payer for r in receipts}:
+        own = [r.receipt for r in receipts if r.receipt.payer == payer]
+        low, high = own[0].payer_cum - own[0].fee, own[-1].payer_cum
+        state = "due" if high > low else "settled"
+        db.execute("INSERT INTO collections VALUES(?, ?, ?, ?, ?)", (first, payer, str(low), str(high), state))
+    return composed
 
 
 def _payer_cum(db: sqlite3.Connection, payer: Address) -> int:

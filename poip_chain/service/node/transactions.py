@@ -28,6 +28,11 @@ class Transactions:
         """Why the chain refused `job` the last time, if it has not been sent or done since."""
         return self._refused.get(job)
 
+    def begun(self, job: str) -> bool:
+        """Whether a transaction for `job` was ever sent."""
+        attempt, _ = self._ledger.attempt(job)
+        return attempt > 0 or self._chain.sent(f"{job}#{attempt}") is not SentState.UNKNOWN
+
     def ensure(self, job: str, done: Callable[[], bool], send: Callable[[str], None]) -> bool:
         """Move `job` on; True if its goal is reached. `send(key)` sends its transaction under that idempotency key.
 
