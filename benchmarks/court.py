@@ -13,31 +13,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eth_abi.abi import encode
 from eth_hash.auto import keccak
 from eth_keys.datatypes import PrivateKey
 
-from benchmarks.gas import BATCH_EVENT, POIP, _Bench, _Contract, _field, _rlp_of
+from benchmarks.gas import BATCH_EVENT, POIP, _Bench, _Contract, _field
 from benchmarks.rows import Row
 from poip_chain.canonical.opening import Step
-from poip_chain.chain.artifacts import _compile
 from poip_chain.chain.devnet.chain import Devnet
 from poip_chain.chain.devnet.config import DevnetConfig
 from poip_chain.economic.parameters import PARAMETERS
+from poip_chain.spec.accusation import Claim, Point, Points
 from poip_chain.spec.dispute import Descent, Node, path_within
 from poip_chain.spec.merkle import inner_hash, leaf_hash, merkle_levels, merkle_proof, merkle_root
 from poip_chain.spec.objects import (
     Batch,
     ModelConfig,
     ModelSpec,
-    Part,
     Profile,
     Receipt,
     Request,
     SamplingParams,
     ThresholdRow,
 )
-from poip_chain.spec.offences import TranscriptRoots
 from poip_chain.spec.referee import Referee
 from poip_chain.spec.trace import WIDE, Layout, Op, decode
 from poip_chain.spec.trace import encode as encode_leaf
@@ -51,7 +48,6 @@ PROMPT, OUTPUT = 449, 64
 POINTS = 16
 DISPUTE_GOAL, MOVES_GOAL, MOVE_GOAL, UNCONTESTED_GOAL = 1_600_000, 14, 2_000_000, 400_000
 BATCH_SIZE = 64
-POINTS_TYPE = "(uint32,uint32,int32,int32)[]"
 TERMS_BYTES = 29 * 32
 
 
@@ -197,8 +193,8 @@ def _with(leaf: bytes, wide: bool, element: int, value: int) -> bytes:
 class _CourtBench(_Bench):
     """The whole system with the court, one node with one batch, an accuser and a contester with tokens."""
 
-    def __init__(self, case: _Case) -> None:
-        self.case = case
+    def __init__(self, case: _Case, points: int = POINTS) -> None:
+        self.case, self.points = case, points
         self.chain = Devnet(DevnetConfig(block_time=None, automine=True))
         self.owner, self.node, self.peer, self.accuser, self.contester = (
             PrivateKey(bytes(account.key)) for account in self.chain.accounts[:5]
@@ -210,7 +206,7 @@ class _CourtBench(_Bench):
         self.log = self._deploy("CommitmentLog", self.registry.address, models.address, parameters.address)
         trace_map = self._deploy("TraceMap")
         referee = self._deploy("Referee", trace_map.address)
-        scoring = self._scoring(models)
+        scoring = self._deploy("Scoring", self.log.address, models.address)
         parts = (token, self.log, self.registry, models, parameters, scoring, trace_map)
         self.accusations = self._deploy("Accusations", *(part.address for part in parts))
         self.contests = self._deploy("Contests", self.accusations.address, referee.address, trace_map.address)
@@ -228,14 +224,6 @@ class _CourtBench(_Bench):
             self._send(self.owner, token, "transfer", self._address(key), 1000 * POIP)
             self._send(key, token, "approve", self.accusations.address, 2**256 - 1)
         self.dispute = Dispute("")
-
-    def _scoring(self, models: _Contract) -> _Contract:
-        """Scoring that believes every claim: the gas of the real one comes on top of `accuse`."""
-        made, _ = _compile(ROOT / "tests/contracts/harness/scripted_scoring.vy", [ROOT])
-        sender = self.owner.public_key.to_canonical_address()
-        nonce = self.chain.nonce(sender)
-        self._transact(self.owner, b"", made.bytecode + encode(["address"], [models.address]))
-        return _Contract(keccak(_rlp_of(sender, nonce))[12:], made.abi)
 
     def _add_model(self, models: _Contract) -> bytes:
         config: ModelConfig = self.case.layout.config
@@ -255,38 +243,37 @@ class _CourtBench(_Bench):
         return logs
 
     def accuse(self) -> None:
-        """A batch, and the accusation of one of its receipts with POINTS margins."""
+        """A batch, and the accusation of one of its receipts with margins over the whole output."""
         # The court's daily state: it holds something already.
         answer, receipts = self._answer()
         hashes = [receipt.struct_hash() for receipt in receipts]
         self.batch = self._commit_batch(receipts, 0)
         transcript, request, params, receipt = answer
-        roots = TranscriptRoots.of(transcript)
-        points = [(4 * i, 17 * i, 900_000 + i, 100_000 + i) for i in range(POINTS)]
-        ids = transcript.leaves(Part.OUTPUT)
-        claim: tuple[Any, ...] = (
-            receipt.values(), receipt.seq, list(merkle_proof(hashes, [receipt.seq])), request.values(), params.values(),
-            roots.values(), self.case.trace.node(self.case.trace.shape.height, 0), points, [], b"".join(ids), b"", [],
-        )  # fmt: skip
-        points_hash = keccak(encode([POINTS_TYPE, POINTS_TYPE], [points, []]))
-        claim_hash = keccak(encode(["uint256", "bytes32", "bytes32"], [receipt.seq, claim[6], points_hash]))
+        step = OUTPUT // self.points
+        points = Points(tuple(Point(step * i, 17 * i, 900_000 + i, 100_000 + i) for i in range(self.points)))
+        root = self.case.trace.node(self.case.trace.shape.height, 0)
+        proof = merkle_proof(hashes, [receipt.seq])
+        claim = Claim.of(receipt, receipt.seq, proof, request, params, transcript, root, points)
         salt, layout = keccak(b"salt"), self.case.layout
-        commitment = keccak(claim_hash + salt + self.accuser.public_key.to_canonical_address())
+        commitment = claim.commitment(salt, self._address(self.accuser))
         other = self._commit_batch(receipts[-1:], BATCH_SIZE)
         self._send(self.contester, self.accusations, "commit", other, commitment)
         self.id = self.batch[0] << 32
         self.move("commit", "accuser", self.accusations, "commit", self.batch, commitment)
         logs = self.move(
-            "accuse", "accuser", self.accusations, "accuse", self.id, self.batch, layout.config.values(), claim, salt
+            *("accuse", "accuser", self.accusations, "accuse", self.id, self.batch, layout.config.values()),
+            *(claim.values(), salt),
         )
         values = {p.name: p.value for p in PARAMETERS}
         opening = self.case.opening
-        trace = (PROMPT, OUTPUT, claim[6], opening.weights_root, roots.prompt_root, roots.output_root)
+        roots = (request.prompt_root, claim.roots.output_root)
+        trace = (PROMPT, OUTPUT, root, opening.weights_root, *roots)
         bonds = (values["accusation_bond"], values["contest_bond"], values["dispute_clock"])
         # The terms stand second in the event; their last word is the end of the contest window.
         end = int.from_bytes(logs[-1].data[TERMS_BYTES : TERMS_BYTES + 32], "big")
         self.terms = (
-            self._address(self.node), trace, layout.config.values(), layout.count, POINTS, points_hash, *bonds, end,
+            self._address(self.node), trace, layout.config.values(), layout.count, self.points,
+            points.points_hash(), *bonds, end,
         )  # fmt: skip
 
     def _commit_batch(self, receipts: list[Receipt], first_seq: int) -> tuple[Any, ...]:
@@ -407,7 +394,7 @@ def run() -> list[Row]:
     accuse = max(move.gas for move in moves if move.name == "accuse")
     dearest = max(moves, key=lambda move: move.gas)
     for what, gas, how, limit in (
-        (f"gas of an accusation's reveal, {POINTS} points", accuse, "without scoring", UNCONTESTED_GOAL),
+        (f"gas of an accusation's reveal, {POINTS} points", accuse, "scoring included", UNCONTESTED_GOAL),
         ("gas of the dearest move of a dispute", dearest.gas, dearest.name, MOVE_GOAL),
     ):
         rows.append(Row(what, gas, "gas", f"{how}, py-evm", f"goal {limit:,}", gas / limit, f"< {limit:,}"))

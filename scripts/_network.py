@@ -27,7 +27,8 @@ MAXIMUM_SUPPLY = 10**10 * UNIT
 EPHEMERAL = "local"
 ROLE_NODE, ROLE_PEER = 1, 2
 SIGNATURE_LIFETIME = 3600
-JUDGES = ("Offences", "Availability")
+SLASHERS = ("CommitmentLog", "Offences", "Availability")
+JUDGES = ("Offences", "Availability", "Accusations")
 # Of the deployment file, as poip_chain/chain/deployment.py writes it.
 SCHEMA = 1
 # Where `poip` looks for it too.
@@ -100,8 +101,13 @@ def deploy_all(owner: Any, short_windows: bool) -> dict[str, Any]:
     deploy("PaymentVault", token, log, registry, parameters, owner.address)
     deploy("Offences", log, registry, models, parameters)
     deploy("Availability", token, log, registry, parameters)
+    trace_map = deploy("TraceMap")
+    referee = deploy("Referee", trace_map)
+    scoring = deploy("Scoring", log, models)
+    accusations = deploy("Accusations", token, log, registry, models, parameters, scoring, trace_map)
+    accusations.initialize(deploy("Contests", accusations, referee, trace_map), sender=owner)
     registry.initialize(log, sender=owner)
-    for name in ("CommitmentLog", *JUDGES):
+    for name in SLASHERS:
         registry.set_slasher(made[name], True, sender=owner)
     for name in JUDGES:
         log.set_judge(made[name], True, sender=owner)

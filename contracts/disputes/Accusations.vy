@@ -225,7 +225,8 @@ def commit(batch: objects.Batch, commitment: bytes32) -> uint256:
     if first < ONE_OPEN:
         extcall ICommitmentLog(commitment_log).open_case(batch)
     else:
-        assert block.timestamp < convert(batch.window_end, uint256), "court: window is over"
+        window_end: uint256 = staticcall ICommitmentLog(commitment_log).window_end_of(batch)
+        assert block.timestamp < window_end, "court: window is over"
         assert staticcall ICommitmentLog(commitment_log).convictable(self, batch), "court: batch cannot be convicted"
     return id
 
@@ -473,6 +474,15 @@ def is_over(id: uint256) -> bool:
     @notice Whether an accusation has ended.
     """
     return (self._words[id] >> STATUS_AT) & 15 >= EXPIRED
+
+
+@external
+@view
+def accuser_of(id: uint256) -> address:
+    """
+    @notice Who committed to an accusation; zero for an unknown one.
+    """
+    return convert(self._words[id] & (2**160 - 1), address)
 
 
 @external

@@ -17,7 +17,8 @@
         - A move that is malformed, out of turn or too late reverts and changes no clock. A step that cannot be computed
           is such a move.
         - Chess clocks: each side has terms.clock in all, counted from what is stored, so nothing must be called in time
-          but the moves. Any reveal that hashes right is right, whoever brings it; only the contester moves for itself.
+          but the moves. Any reveal that hashes right is right, whoever brings it; a cell's tree, which hashes to nothing yet, only the
+          accuser's. Only the contester moves for itself.
         - No money here: Accusations takes and gives it, and tolerates every end of a contest.
         - Calls go to Accusations, whose calls do not come back, and to views.
 @custom:kill None of its own: without new accusations there are no new contests. Open ones always end by `settle`.
@@ -520,8 +521,8 @@ def _check_terms(id: uint256, terms: IAccusations.Terms):
 @internal
 def _show(id: uint256, place: uint256, node: bytes32):
     """
-    @dev What is due at a node is shown now, once, and hashes to it; it makes the root of a cell's tree. A point is shown
-         by its leaves.
+    @dev What is due at a node is shown now, once, and hashes to it; it makes the root of a cell's tree, which nothing
+         proves: there only the accuser speaks. A point is shown by its leaves.
     """
     key: uint256 = self._key(id, place)
     assert self._shown[key] == 0, "court: shown already"
@@ -529,6 +530,7 @@ def _show(id: uint256, place: uint256, node: bytes32):
     assert block.timestamp <= due, "court: the accuser's time is over"
     mark: uint256 = block.timestamp
     if self._is_sub_root(place):
+        assert msg.sender == staticcall IAccusations(accusations).accuser_of(id >> 32), "court: not the accuser"
         mark = mark | (convert(node, uint256) & HASH_MASK)
     elif (place >> LEVEL_AT) & 255 != POINT:
         assert self._standing(id, place) == node, "court: not the node's"

@@ -43,9 +43,29 @@ CONTRACTS = (
     "PaymentVault",
     "Offences",
     "Availability",
+    "TraceMap",
+    "Referee",
+    "Scoring",
+    "Accusations",
+    "Contests",
 )
 """All contracts, in the order of their deployment."""
-JUDGES = ("Offences", "Availability")
+SLASHERS = ("CommitmentLog", "Offences", "Availability")
+JUDGES = ("Offences", "Availability", "Accusations")
+CONSTRUCTED_FROM: Mapping[str, tuple[str, ...]] = {
+    "ModelRegistry": (),
+    "NodeRegistry": ("PoipToken", "Parameters", "ModelRegistry"),
+    "CommitmentLog": ("NodeRegistry", "ModelRegistry", "Parameters"),
+    "PaymentVault": ("PoipToken", "CommitmentLog", "NodeRegistry", "Parameters"),
+    "Offences": ("CommitmentLog", "NodeRegistry", "ModelRegistry", "Parameters"),
+    "Availability": ("PoipToken", "CommitmentLog", "NodeRegistry", "Parameters"),
+    "TraceMap": (),
+    "Referee": ("TraceMap",),
+    "Scoring": ("CommitmentLog", "ModelRegistry"),
+    "Accusations": ("PoipToken", "CommitmentLog", "NodeRegistry", "ModelRegistry", "Parameters", "Scoring", "TraceMap"),
+    "Contests": ("Accusations", "Referee", "TraceMap"),
+}
+"""The contracts whose addresses each constructor takes, in its order (the vault's then takes the treasury)."""
 OWNED = ("PoipToken", "Parameters", "ModelRegistry", "NodeRegistry", "CommitmentLog", "PaymentVault")
 
 ParameterRow = tuple[bytes, int, int, int, str]
@@ -116,7 +136,9 @@ class Deployment:
         deployment = _read(path)
         if deployment is None:
             raise ConfigurationError(
-                f"there is no deployment file {path}.", hint="`poip deploy` makes one; --deployment names another."
+                f"there is no deployment file {path}.",
+                hint="A network that runs elsewhere: --data (or POIP_DATA) names the directory with its file, for example "
+                "~/.poip/local after `make up`, and --deployment the file itself; `poip deploy` makes a new network.",
             )
         if not deployment.complete:
             raise ConfigurationError(f"the deployment in {path} is not complete.", hint="Run `poip deploy` again.")
@@ -232,24 +254,13 @@ class _Run:
                 self._record(name, self._create(name))
 
     def _arguments(self, name: str) -> list[Any]:
-        at = self.deployment.address
         settings = self._settings
         if name == "PoipToken":
             return [self._deployer, settings.initial_supply, settings.maximum_supply]
         if name == "Parameters":
             return [[tuple(row) for row in settings.parameters]]
-        if name == "ModelRegistry":
-            return []
-        if name == "NodeRegistry":
-            return [at("PoipToken"), at("Parameters"), at("ModelRegistry")]
-        if name == "CommitmentLog":
-            return [at("NodeRegistry"), at("ModelRegistry"), at("Parameters")]
-        if name == "PaymentVault":
-            treasury = settings.treasury or self._deployer
-            return [at("PoipToken"), at("CommitmentLog"), at("NodeRegistry"), at("Parameters"), treasury]
-        if name == "Availability":
-            return [at("PoipToken"), at("CommitmentLog"), at("NodeRegistry"), at("Parameters")]
-        return [at("CommitmentLog"), at("NodeRegistry"), at("ModelRegistry"), at("Parameters")]
+        parts: list[Any] = [self.deployment.address(part) for part in CONSTRUCTED_FROM[name]]
+        return [*parts, settings.treasury or self._deployer] if name == "PaymentVault" else parts
 
     def _create(self, name: str) -> Deployed:
         compiled = artifact(name)
@@ -270,12 +281,14 @@ class _Run:
         self.deployment.save(self._path)
 
     def wire(self) -> None:
-        """Tell the registry its log and slashers and the log its judges, then seal both."""
+        """Tell the registry its log and slashers, the log its judges, the court its contests; then seal registry and log."""
         at = self.deployment.address
         pending = []
         if int(str(self._read("NodeRegistry", "log_address")), 16) == 0:
             pending.append(self._send("NodeRegistry", "initialize", at("CommitmentLog")))
-        for slasher in ("CommitmentLog", *JUDGES):
+        if int(str(self._read("Accusations", "contests")), 16) == 0:
+            pending.append(self._send("Accusations", "initialize", at("Contests")))
+        for slasher in SLASHERS:
             if int(self._read("NodeRegistry", "slasher_active_at", at(slasher))) == 0:
                 pending.append(self._send("NodeRegistry", "set_slasher", at(slasher), True))
         for judge in JUDGES:

@@ -140,13 +140,13 @@ def threshold(table: Sequence[ThresholdRow], tokens: int) -> int | None:
     """The largest sum that an honest answer of `tokens` output tokens may reach; None below the table's first
     length.
 
-    The row with the largest length <= tokens applies, its limit scaled per token and rounded up: limit *
-    tokens / length. The tolerated mean falls with length, so the shorter row's mean is the lenient one in
-    between, and past the last row.
+    The row with the largest length <= tokens applies (one of no tokens never does), its limit scaled per token and
+    rounded up: limit * tokens / length. The tolerated mean falls with length, so the shorter row's mean is the lenient
+    one in between, and past the last row.
     """
     chosen = None
     for row in table:
-        if row.tokens <= tokens:
+        if 0 < row.tokens <= tokens:
             chosen = row
     return None if chosen is None else -(-chosen.limit * tokens // chosen.tokens)
 

@@ -189,10 +189,11 @@ class Court:
             self.show_point(contest, telling, info.index)
             return
         shown = telling.shown(info.cell, Node(info.level, info.index))
+        accuser = self.accusations.accuser_of(contest >> 32)
         if info.level <= 6:
-            self.contests.reveal_leaves(contest, b"".join(shown))
+            self.contests.reveal_leaves(contest, b"".join(shown), sender=accuser)
         else:
-            self.contests.reveal(contest, shown)
+            self.contests.reveal(contest, shown, sender=accuser)
 
     def show_point(self, contest: int, telling: Telling, number: int, **changes: Any) -> None:
         told = self.story

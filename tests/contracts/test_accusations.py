@@ -193,6 +193,24 @@ def test_only_inside_the_window_of_a_pending_batch(court: Court, honest: Telling
     assert court.resolve(id, first.batch), "a case opened inside the window convicts after it"
 
 
+def test_what_an_answer_showed_late_can_be_accused(court: Court, honest: Telling) -> None:
+    """An answer extends the log's window; the first accusation of a batch and the later ones are taken in it."""
+    committed, log = court.serve(), court.network.log
+    batch = committed.batch
+    judge = court.network.availability.address
+    log.open_case(batch.values(), sender=judge)
+    boa.env.time_travel(seconds=court.value("challenge_window"))
+    log.extend_window(batch.values(), sender=judge)
+    log.close_case(batch.values(), sender=judge)
+    claim = court.claim(committed, honest)
+    id = court.commit(batch, claim)
+    court.accusations.commit(batch.values(), b"", sender=OTHER.address)
+    court.reveal(id, batch, claim)
+    boa.env.time_travel(seconds=court.value("response_window"))
+    refuses("court: window is over", lambda: court.accusations.commit(batch.values(), b"", sender=OTHER.address))
+    assert court.resolve(id, batch)
+
+
 def test_a_bond_must_be_paid(court: Court, committed: Committed) -> None:
     poor = account("poor").address
     with boa.reverts():
@@ -379,7 +397,7 @@ def test_unbonding_stake_is_in_reach(court: Court, committed: Committed, honest:
 
 def test_the_longest_case_ends_before_stake_may_leave(court: Court) -> None:
     longest = court.value("challenge_window") + court.value("reveal_window") + court.value("contest_window")
-    longest += 2 * court.value("dispute_clock")
+    longest += 2 * (court.value("response_window") + court.value("dispute_clock"))
     assert court.value("unbonding_period") >= longest <= court.value("thaw_period")
 
 

@@ -401,6 +401,26 @@ def test_one_honest_contest_among_bad_ones_wins(court: Court, committed: Committ
     refuses("court: no such contest", lambda: court.contests.settle(idle, court.terms[id]))
 
 
+def test_only_the_accuser_opens_a_cell(court: Court, committed: Committed, honest: Telling) -> None:
+    """Nothing proves a cell's tree: whoever could bring one in the accuser's name would win by a false one."""
+    id = court.accuse(committed, honest)
+    contest = court.contest(id)
+    leaf = honest.layout.index(Op.GATE, 0, 1, 3)
+    liar = Telling(court.story, {leaf: honest.changed(leaf, 3)})
+    while not court.contests.contest_info(contest).cell:
+        if court.contests.contest_info(contest).revealed_at == 0:
+            court.answer_for(contest, honest)
+        else:
+            court.move(contest, honest, liar)
+    leaves = honest.open(court.contests.contest_info(contest).cell)
+    forged = b"\x01" + b"".join(leaves)[1:]
+    for who in (CONTESTER.address, account("anyone").address):
+        refuses("court: not the accuser", lambda who=who: court.contests.reveal_leaves(contest, forged, sender=who))
+    court.answer_for(contest, honest)
+    court.move(contest, honest, liar)
+    assert court.status(id) == ACCUSED and not court.is_open(contest)
+
+
 def test_two_winners_share_nothing_twice(court: Court, committed: Committed, honest: Telling) -> None:
     """The second contest to win an accusation that is lost already gets its bond back, and no more."""
     lie = lying(honest, *place(honest, Op.HIDDEN))
