@@ -20,6 +20,7 @@ from poip_chain.chain.rpc import Chain
 from poip_chain.economic.network import Network
 from poip_chain.errors import ConfigurationError
 from poip_chain.proof.audit import Auditor
+from poip_chain.proof.court import open_court
 from poip_chain.proof.reexecution import EngineSource, LogitSource, TorchSource
 from poip_chain.proof.settings import Mode, WatchtowerSettings
 from poip_chain.proof.store import open_store
@@ -55,7 +56,8 @@ def open_watchtower(settings: WatchtowerSettings) -> Iterator[Watchtower]:
             path = settings.data / "outbox" / f"{key.address}.db"
             outbox = stack.enter_context(Outbox(chain, key, path))
         auditor = Auditor(network, logit_sources(settings))
-        yield Watchtower(settings, chain, network, follower, store, auditor, outbox)
+        court = open_court(settings, network, store, outbox)
+        yield Watchtower(settings, chain, network, follower, store, auditor, outbox, court=court)
 
 
 def logit_sources(settings: WatchtowerSettings) -> dict[bytes, LogitSource]:

@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import Any
 
 from poip_chain.chain.rpc import Call
-from poip_chain.proof.database import Database
+from poip_chain.proof.accusations import AccusationStore
 from poip_chain.proof.publication import Answer, Chunk
 from poip_chain.spec.objects import Part
 from poip_chain.spec.types import Address
@@ -117,7 +117,7 @@ class Filing:
         }
 
 
-class CaseStore(Database):
+class CaseStore(AccusationStore):
     """See the module's docstring."""
 
     # challenges and bonds
@@ -157,13 +157,12 @@ class CaseStore(Database):
             db.execute("INSERT INTO challenges VALUES(?,?,?,NULL,?,'reserved',NULL,?)", (*key, str(bond), sent_key))
             return True
 
-    @staticmethod
-    def _standing(db: sqlite3.Connection) -> int:
+    def _standing(self, db: sqlite3.Connection) -> int:
         rows = db.execute(f"SELECT bond FROM challenges WHERE state IN {STANDING}").fetchall()
-        return sum(int(row["bond"]) for row in rows)
+        return sum(int(row["bond"]) for row in rows) + self._accusation_bonds(db)
 
     def bonds_standing(self) -> int:
-        """What is reserved or posted in bonds, wei."""
+        """What is reserved or posted in bonds of challenges and accusations, wei."""
         with self._lock:
             return self._standing(self._db)
 

@@ -1,7 +1,8 @@
 """The watchtower's SQLite file: its tables, and how they are read and written.
 
 WAL mode; every write is one transaction, so a kill at any point leaves a state that the next round goes on from. What
-the tables mean is told where they are used: `cases.py` (challenges, answers, filings) and `store.py` (the rest).
+the tables mean is told where they are used: `accusations.py`, `cases.py` (challenges, answers, filings) and `store.py`
+(the rest).
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ CREATE TABLE IF NOT EXISTS filings(
     key TEXT PRIMARY KEY, batch_id INTEGER, kind TEXT NOT NULL, state TEXT NOT NULL, detail TEXT NOT NULL,
     call TEXT, attempts INTEGER NOT NULL DEFAULT 0, next_try REAL NOT NULL DEFAULT 0);
 CREATE INDEX IF NOT EXISTS filings_state ON filings(state);
+CREATE TABLE IF NOT EXISTS accusations(
+    batch_id INTEGER NOT NULL, position INTEGER NOT NULL, attempt INTEGER NOT NULL, state TEXT NOT NULL,
+    reason TEXT NOT NULL DEFAULT '', accusation TEXT, bond TEXT NOT NULL DEFAULT '0', claim TEXT,
+    detail TEXT NOT NULL DEFAULT '{}', ended_at INTEGER NOT NULL DEFAULT 0, PRIMARY KEY(batch_id, position, attempt));
+CREATE INDEX IF NOT EXISTS accusations_state ON accusations(state);
 CREATE TABLE IF NOT EXISTS notes(name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 LOCK_SECONDS = 30.0

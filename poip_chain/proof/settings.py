@@ -14,6 +14,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from poip_chain.errors import ConfigurationError
+from poip_chain.service.court.settings import CourtSettings
+from poip_chain.spec.strict_json import parse_json_object
 
 ENVIRONMENT_PREFIX = "POIP_WATCHTOWER_"
 PATHS = ("deployment", "data", "key", "password_file")
@@ -47,10 +49,16 @@ class WatchtowerSettings(BaseModel):
     rpc_url: str
     deployment: Path
     data: Path = Field(Path("~/.poip/watchtower"), description="directory of the databases and evidence files")
-    key: Path | None = Field(None, description="keystore v3 of the account that posts bonds; needed in mode defend")
+    key: Path | None = Field(
+        None,
+        description="keystore v3 of the account that posts bonds; needed in mode defend. In mode propose its address alone "
+        "is read: accusations are proposed for it",
+    )
     password_file: Path | None = None
     mode: Mode = Mode.WATCH
-    bond_budget: int = Field(0, ge=0, description="most that may stand in bonds at one time, wei")
+    bond_budget: int = Field(
+        0, ge=0, description="most that may stand in bonds of challenges and accusations at one time, wei"
+    )
     loss_budget: int | None = Field(
         None,
         ge=0,
@@ -74,6 +82,11 @@ class WatchtowerSettings(BaseModel):
     )
     audits_per_round: int = Field(64, ge=1, description="receipts fetched and re-executed in one round at most")
     torch_threads: int = Field(1, ge=1)
+    court: CourtSettings = Field(
+        CourtSettings(),
+        description="section: accusing what was found false, and contesting false accusations of answers that are held"
+        " (docs/court.md); the model's directory is needed there only if it is not under models",
+    )
     metrics_port: int | None = Field(None, ge=1, le=65535, description="Prometheus metrics on this port of 127.0.0.1")
 
     def losable(self) -> int:
@@ -100,10 +113,13 @@ def load_settings(path: Path) -> WatchtowerSettings:
             values[name] = path.parent / Path(values[name]).expanduser()
     if isinstance(values.get("models"), list):
         values["models"] = [path.parent / Path(str(model)).expanduser() for model in values["models"]]
+    court = values.get("court")
+    if isinstance(court, dict) and isinstance(court.get("model"), str):
+        court["model"] = path.parent / Path(court["model"]).expanduser()
     for name in WatchtowerSettings.model_fields:
         text = os.environ.get(ENVIRONMENT_PREFIX + name.upper())
         if text is not None and name not in NOT_FROM_ENVIRONMENT:
-            values[name] = text
+            values[name] = parse_json_object(text.encode()) if name == "court" else text
     try:
         return WatchtowerSettings(**values)
     except ValidationError as error:

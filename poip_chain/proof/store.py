@@ -121,6 +121,8 @@ class WatchtowerStore(CaseStore):
     def _forget(db: sqlite3.Connection, batch_id: int) -> None:
         for table, column in FORGOTTEN_WITH_BATCH:
             db.execute(f"DELETE FROM {table} WHERE {column}=?", (batch_id,))
+        # A claim that is stored may be under way: it ends when that is known.
+        db.execute("DELETE FROM accusations WHERE batch_id=? AND state NOT IN ('standing','ended')", (batch_id,))
         # What contradicted a receipt of the batch is judged again, without the batch.
         for side in ("a", "b"):
             db.execute(
@@ -287,14 +289,23 @@ class WatchtowerStore(CaseStore):
 
     # receipts observed
 
-    def observe(self, receipt: Receipt, signature: bytes) -> None:
-        """Remember a receipt that somebody handed in (its signature has been checked)."""
+    def observe(self, receipt: Receipt, signature: bytes, now: int = 0) -> None:
+        """Remember a receipt that somebody handed in (its signature has been checked) at `now`, Unix seconds.
+
+        What is old is reckoned from then, if its own date is earlier: that is the node's statement, and a receipt is
+        evidence until it is committed.
+        """
         with self._transaction() as db:
-            self._observe(db, receipt, "0x" + signature.hex(), None, None)
+            self._observe(db, receipt, "0x" + signature.hex(), None, None, now)
 
     @staticmethod
     def _observe(
-        db: sqlite3.Connection, receipt: Receipt, signature: str, batch_id: int | None, position: int | None
+        db: sqlite3.Connection,
+        receipt: Receipt,
+        signature: str,
+        batch_id: int | None,
+        position: int | None,
+        now: int = 0,
     ) -> None:
         # A signature that came with a batch is unchecked and never takes the place of a checked one.
         row = db.execute(
@@ -309,7 +320,7 @@ class WatchtowerStore(CaseStore):
                 min(receipt.seq, 2**63 - 1),
                 receipt.request_hash.hex(),
                 receipt.struct_hash().hex(),
-                min(receipt.issued_at, 2**63 - 1),
+                min(max(receipt.issued_at, now), 2**63 - 1),
                 json.dumps(receipt.to_json()),
                 signature,
                 batch_id,
@@ -362,14 +373,16 @@ class WatchtowerStore(CaseStore):
         """Drop what nobody can be punished by any more.
 
         Receipts of settled batches and receipts handed in go `evidence_window` seconds after the batch's window or
-        their own issue; published answers go with their batch's receipts, and batches that a reorganisation took away
-        go whole. Evidence files are not touched.
+        their own issue, or when they were handed in if that was later; published answers go with their batch's
+        receipts, and batches that a reorganisation took away go whole. So go claims that are over. Evidence files are
+        not touched.
         """
         limit = now - evidence_window
         old = "SELECT id FROM batches WHERE state='done' AND status IN ('final','convicted') AND window_end<?"
         with self._transaction() as db:
             db.execute(f"DELETE FROM answers WHERE batch_id IN ({old})", (limit,))
             db.execute(f"DELETE FROM observed WHERE batch_id IN ({old})", (limit,))
+            db.execute("UPDATE accusations SET claim=NULL WHERE state='ended' AND ended_at<?", (limit,))
             db.execute("DELETE FROM observed WHERE batch_id IS NULL AND issued_at<?", (limit,))
             db.execute(
                 "DELETE FROM contradictions WHERE a NOT IN (SELECT id FROM observed)"

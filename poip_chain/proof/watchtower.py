@@ -26,6 +26,7 @@ from poip_chain.economic.types import Evidence as ReceiptEvidence
 from poip_chain.errors import NotFound, PoipError, Unavailable
 from poip_chain.proof.actions import RETRY_SECONDS, Actions
 from poip_chain.proof.audit import MALFORMED, Auditor, BatchReceipts, Outcome
+from poip_chain.proof.court import Court
 from poip_chain.proof.fetch import NodeReader, NodeWithholds, Record, fetch_all
 from poip_chain.proof.publication import Answer, assemble, missing_chunks, published_leaves
 from poip_chain.proof.report import Report
@@ -39,13 +40,16 @@ log = structlog.get_logger("watchtower")
 NODE_SHARE = 2
 """A node's questions in one round may take this many times the time of one."""
 PRUNE_SECONDS = 3600
+STOP_SECONDS = 30.0
+"""How long the end waits for the court's round; one that is cut short goes on after the next start."""
 HEAD = "head"
 
 Fetched = tuple[BatchRow, AuditRow, ReceiptEvidence, Record]
 
 
 class Watchtower:
-    """One watchtower over one deployment. `outbox` is needed in mode defend only."""
+    """One watchtower over one deployment. `outbox` is needed in mode defend only. What is found false is accused by `court`,
+    whose rounds `run` calls in a thread of their own."""
 
     def __init__(
         self,
@@ -57,6 +61,7 @@ class Watchtower:
         auditor: Auditor,
         outbox: Outbox | None,
         reader: Callable[..., NodeReader] = NodeReader,
+        court: Court | None = None,
     ) -> None:
         self._settings = settings
         self._chain = chain
@@ -66,6 +71,7 @@ class Watchtower:
         self._auditor = auditor
         self._actions = Actions(settings, chain, network, store, outbox)
         self._reader = reader
+        self.court = court
         wanted = settings.private_endpoints
         self._private_endpoints = chain.chain_id == DEVELOPMENT_CHAIN if wanted is None else wanted
         self._receipts: dict[int, BatchReceipts] = {}
@@ -95,16 +101,38 @@ class Watchtower:
 
     def run(self, stop: threading.Event, count: Callable[[str, int], None]) -> None:
         """Rounds until `stop` is set; `count` takes each round's counts by name."""
+        beside = None
+        if self.court is not None:
+            beside = threading.Thread(
+                target=self._rounds, args=(self._court_step, "court", stop, count), name="watchtower-court", daemon=True
+            )
+            beside.start()
+        self._rounds(self.step, "watch", stop, count)
+        if beside is not None:
+            beside.join(STOP_SECONDS)
+
+    def _court_step(self) -> Report:
+        assert self.court is not None
+        try:
+            return self.court.step()
+        except PoipError:
+            raise
+        except Exception:  # a defect there must not end in silence: bonds stand, and moves are due
+            log.exception("the court's round failed")
+            return Report({"failed_rounds": 1})
+
+    def _rounds(
+        self, step: Callable[[], Report], what: str, stop: threading.Event, count: Callable[[str, int], None]
+    ) -> None:
         while not stop.is_set():
             try:
-                report = self.step()
-                for name, number in report.counts.items():
+                for name, number in step().counts.items():
                     count(name, number)
             except Unavailable as error:
-                log.warning("waiting", reason=str(error))
+                log.warning("waiting", what=what, reason=str(error))
             except PoipError as error:
                 # One round's trouble is no reason to leave the watch; what is stored is whole, and comes up again.
-                log.error("round failed", kind=type(error).__name__, reason=str(error))
+                log.error("round failed", what=what, kind=type(error).__name__, reason=str(error))
                 count("failed_rounds", 1)
             stop.wait(self._settings.poll_interval)
 

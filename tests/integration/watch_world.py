@@ -32,12 +32,14 @@ from poip_chain.economic.onboarding import register_call, stake_call
 from poip_chain.economic.profiles import deployment_settings
 from poip_chain.economic.types import BatchStatus
 from poip_chain.proof.audit import Auditor
+from poip_chain.proof.court import Court, open_court
 from poip_chain.proof.reexecution import Answer as Executed
 from poip_chain.proof.reexecution import LogitSource, Row
 from poip_chain.proof.report import Report
 from poip_chain.proof.settings import Mode, WatchtowerSettings
 from poip_chain.proof.store import DATABASE, AuditRow, Challenge, Filing, WatchtowerStore
 from poip_chain.proof.watchtower import Watchtower
+from poip_chain.service.court.settings import CourtSettings
 from poip_chain.spec.merkle import merkle_proof, merkle_root
 from poip_chain.spec.objects import (
     Batch,
@@ -61,6 +63,8 @@ CHOSEN, WRONG = 10 * LOGIT, 40 * LOGIT
 """Logits of the token that was answered, and of the one that a cheat should have answered; all others are 0."""
 CONFIG = ModelConfig(64, 128, 2, 4, 2, 16, 1000, 256, 10**7, 10_000, bytes(32), True, False, False, False)
 SPEC = ModelSpec(b"w" * 32, b"t" * 32, b"c" * 32, CONFIG.config_hash())
+# Chain time runs with the wall clock at least: the window must outlast a test on a busy machine.
+WINDOWS = {"challenge_window": 200, "unbonding_period": 400, "thaw_period": 400}
 INPUT_PRICE, OUTPUT_PRICE = 10**13, 3 * 10**13
 PARAMS = SamplingParams(0)
 
@@ -151,7 +155,7 @@ class ScriptedNode:
         request = Request(
             client=payer,
             node=self.address,
-            model_id=SPEC.model_id(),
+            model_id=self.world.spec.model_id(),
             profile_version=1,
             prompt_root=prompt_root(prompt_ids),
             prompt_tokens=prompt_tokens,
@@ -178,7 +182,7 @@ class ScriptedNode:
             node=self.address,
             seq=self.seq,
             request_hash=request.struct_hash(),
-            model_id=SPEC.model_id(),
+            model_id=self.world.spec.model_id(),
             transcript_root=transcript.root(),
             output_tokens=output_tokens,
             finish_reason=int(FinishReason.LENGTH),
@@ -201,7 +205,7 @@ class ScriptedNode:
         root = merkle_root([a.receipt.struct_hash() for a in answers])
         total = sum(a.receipt.fee for a in answers)
         start = self.world.chain.block_number() + 1
-        self.send(log.commit(SPEC.model_id(), 1, root, first, len(answers), total, self.name))
+        self.send(log.commit(self.world.spec.model_id(), 1, root, first, len(answers), total, self.name))
         found = log.find(log.batch_count(), start)
         assert found is not None
         self.answers[found[0].id] = list(answers)
@@ -285,6 +289,9 @@ class Watcher:
     attempts: int = 1
     confirmations: int = 0
     node_timeout: float = 5
+    models: tuple[Path, ...] = ()
+    defence_budget: int = 0
+    court: Court | None = None
 
     def __post_init__(self) -> None:
         self.start()
@@ -301,6 +308,9 @@ class Watcher:
             node_timeout=self.node_timeout,
             confirmations=self.confirmations,
             fetch_attempts=self.attempts,
+            models=list(self.models),
+            court=CourtSettings(defence_budget=self.defence_budget),
+            key=self.data / "key.json" if self.mode is Mode.PROPOSE else None,
         )
         sources = [network.log.event(name) for name in ("BatchCommitted", "BatchFinal", "BatchConvicted")]
         sources += [network.availability.event(name) for name in ("Challenged", "Answered", "Resolved")]
@@ -309,8 +319,10 @@ class Watcher:
         database = self.data / "follower.db"
         self.follower = Follower(self.chain, database, "watchtower", sources, self.start_block, self.confirmations)
         self.outbox = Outbox(self.chain, self.key, self.data / "outbox.db") if self.mode is Mode.DEFEND else None
-        auditor = Auditor(network, {SPEC.model_id(): self.source})
-        self.tower = Watchtower(settings, self.chain, network, self.follower, self.store, auditor, self.outbox)
+        auditor = Auditor(network, {self.world.spec.model_id(): self.source})
+        self.court = open_court(settings, Network(self.chain, self.world.deployment), self.store, self.outbox)
+        parts = (settings, self.chain, network, self.follower, self.store, auditor, self.outbox)
+        self.tower = Watchtower(*parts, court=self.court)
 
     def close(self) -> None:
         """Close everything."""
@@ -375,21 +387,29 @@ class Watcher:
 class WatchWorld:
     """See the module's docstring. Blocks come one per transaction, and by `mine`."""
 
-    def __init__(self, url: str, folder: Path, endpoint: str, nodes: dict[str, ScriptedNode]) -> None:
+    def __init__(
+        self,
+        url: str,
+        folder: Path,
+        endpoint: str,
+        nodes: dict[str, ScriptedNode],
+        spec: ModelSpec = SPEC,
+        config: ModelConfig = CONFIG,
+        windows: Mapping[str, int] = WINDOWS,
+    ) -> None:
+        self.spec = spec
         self.url, self.folder, self._endpoint, self._nodes = url, folder, endpoint, nodes
         self.chain = Chain(url, timeout=30)
         self.operator = development_key(0)
         path = folder / "deployment.json"
-        # Chain time runs with the wall clock at least: the window must outlast a test on a busy machine.
-        values = {"audit_rate": 10**6, "challenge_window": 200, "unbonding_period": 400, "thaw_period": 400}
-        settings = deployment_settings("devnet", values=values)
+        settings = deployment_settings("devnet", values={"audit_rate": 10**6, **windows})
         outbox_path = folder / "operator.db"
         self.deployment = deploy(self.chain, self.operator, settings, path, outbox_path=outbox_path, timeout=120)
         self.network = Network(self.chain, self.deployment)
         self.outbox = Outbox(self.chain, self.operator, outbox_path)
         self._calls = 0
-        self.send(self.network.models.register(SPEC, CONFIG, "test"))
-        self.send(self.network.models.add_profile(SPEC.model_id(), PROFILE))
+        self.send(self.network.models.register(spec, config, "test"))
+        self.send(self.network.models.add_profile(spec.model_id(), PROFILE))
         self._watchers: list[Watcher] = []
 
     def send(self, call: Call) -> None:
@@ -509,8 +529,8 @@ class ScriptedEngine:
 
 
 @contextlib.contextmanager
-def running_watch_world(folder: Path) -> Iterator[WatchWorld]:
-    """A world that lives as long as the block."""
+def running_watch_world(folder: Path, **model: Any) -> Iterator[WatchWorld]:
+    """A world that lives as long as the block. model: spec, config and windows of another one."""
     nodes: dict[str, ScriptedNode] = {}
 
     async def serve(request: HttpRequest) -> Response:
@@ -530,7 +550,7 @@ def running_watch_world(folder: Path) -> Iterator[WatchWorld]:
         ]
     )
     with running_devnet() as url, serving(app) as endpoint:
-        world = WatchWorld(url, folder, endpoint, nodes)
+        world = WatchWorld(url, folder, endpoint, nodes, **model)
         try:
             yield world
         finally:

@@ -1,7 +1,7 @@
 """Traces that lie: an element, a leaf, a node or a cell's tree is false, what follows is recomputed or is not.
 
-`Lie` falsifies an element in the engine, so that all that reads it follows. `LyingTrace` falsifies what a player says: it
-holds all leaves and nodes, so small models only. Knows no game.
+`Lie` (of the package) falsifies an element in the engine, so that all that reads it follows. `LyingTrace` falsifies what a
+player says: it holds all leaves and nodes, so small models only. Knows no game.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 from poip_chain.canonical import weights as canonical_weights
 from poip_chain.canonical.model import CanonicalModel
 from poip_chain.canonical.opening import SUMS_PER_LEAF
 from poip_chain.canonical.trace import Trace
 from poip_chain.canonical.weight_tree import WeightTree
+from poip_chain.service.court.lies import Lie, LyingModel
 from poip_chain.spec.merkle import inner_hash, merkle_levels
 from poip_chain.spec.objects import ModelConfig
 from poip_chain.spec.referee import Cell, Referee, build_attention
@@ -24,55 +24,13 @@ from poip_chain.spec.types import Hash32
 from tests.vectors.generate_canonical import integer_weights
 
 
-@dataclass(frozen=True)
-class Lie:
-    """Element (row, column) of a tensor is `by` too large; what the engine computes from it follows."""
-
-    op: Op
-    layer: int
-    row: int
-    column: int
-    by: int = 1
-
-
-class LyingModel(CanonicalModel):
-    """The engine with one falsified element."""
-
-    lie: Lie
-
-    def embed(self, ids: Any) -> Any:
-        h = super().embed(ids)
-        self._falsify(Op.EMBED, 0, h)
-        return h
-
-    def layer(self, layer: int, h: Any, cache: Any, record: Any = None) -> Any:
-        return super().layer(layer, h, cache, self._telling(record))
-
-    def head(self, h: Any, record: Any = None) -> Any:
-        return super().head(h, self._telling(record))
-
-    def _telling(self, record: Any) -> Any:
-        def tell(op: Op, layer: int, rows: Any) -> None:
-            self._falsify(op, layer, rows)
-            if record:
-                record(op, layer, rows)
-
-        return tell
-
-    def _falsify(self, op: Op, layer: int, rows: Any) -> None:
-        if (op, layer) == (self.lie.op, self.lie.layer):
-            rows[self.lie.row, self.lie.column] += self.lie.by
-
-
 @cache
 def model(config: ModelConfig, lie: Lie | None = None) -> CanonicalModel:
     """The engine over `integer_weights(config, 5)`, honest or not."""
     weights = canonical_weights.from_rows(config, integer_weights(config, 5).rows)
     if lie is None:
         return CanonicalModel(weights, 1, "float64")
-    lying = LyingModel(weights, 1, "float64")
-    lying.lie = lie
-    return lying
+    return LyingModel.over(CanonicalModel(weights, 1, "float64"), lie)
 
 
 @cache

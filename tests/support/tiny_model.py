@@ -29,6 +29,7 @@ def write_tiny_model(directory: Path, seed: int = 1, config: ModelConfig = CONFI
     save_file(tensors, directory / "model.safetensors")
     settings = {
         "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "num_hidden_layers": config.num_layers,

@@ -51,6 +51,7 @@ OWN_JSON = {
     "canonical/weights.py": "its cache of canonical weights",
     "cli/local/processes.py": "the list of processes that `poip up` has started",
     "control/ledger.py": "the gateway's database: objects that were parsed before",
+    "proof/accusations.py": "the watchtower's database: its own claims",
     "proof/cases.py": "the watchtower's database",
     "proof/store.py": "the watchtower's database: objects that were parsed before",
     "service/engine/default_model.py": "the model that was just converted",

@@ -51,7 +51,10 @@ def test_an_absent_file(tmp_path: Path) -> None:
 
 def test_misbehaviour_is_off() -> None:
     assert NodeSettings().withhold_after is None
+    assert not NodeSettings().contests_everything
     assert NodeSettings(misbehave="withhold_after=2").withhold_after == 2
+    stubborn = NodeSettings(misbehave="contest")
+    assert stubborn.contests_everything and stubborn.withhold_after is None
 
 
 def test_crash_points_need_two_switches(monkeypatch: pytest.MonkeyPatch) -> None:

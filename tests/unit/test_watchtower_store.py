@@ -289,6 +289,10 @@ def test_what_nobody_can_be_punished_by_is_dropped(store: WatchtowerStore) -> No
         store.finish_audit(1, position, "honest", {})
     store.observe(receipt(9, b"z", issued_at=500), b"s" * 65)
     store.observe(receipt(9, b"y", issued_at=1500), b"s" * 65)
+    store.observe(receipt(8, b"x", issued_at=0), b"s" * 65, now=1900)
+    store.observe(receipt(8, b"w", issued_at=0), b"s" * 65, now=1900)
+    store.prune(2850, 1000)
+    assert len(store.equivocations()) == 1, "the date in a receipt is the node's own"
     store.prune(3000, 1000)
     assert store.receipts(1) is not None  # still pending: nothing of it may go
     store.set_batch_status(1, "final")

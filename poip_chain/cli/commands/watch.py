@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,21 @@ def data_of(context: Context) -> Path:
     return place.values.data.expanduser()
 
 
+def database_of(context: Context) -> Path:
+    """`data_of`, where a watchtower has run. Raises NotFound: a look must not make an empty database and find nothing."""
+    from poip_chain.errors import NotFound
+    from poip_chain.proof.store import DATABASE
+
+    place = data_of(context)
+    if not (place / DATABASE).is_file():
+        raise NotFound(
+            f"no watchtower has run here: there is no {place / DATABASE}.",
+            hint="--data (or POIP_DATA) names its data directory, for example ~/.poip/local after `make up`; "
+            "`poip watch run` starts one.",
+        )
+    return place
+
+
 @command.command()
 @click.option(
     "--mode",
@@ -43,6 +59,10 @@ def data_of(context: Context) -> Path:
     type=AMOUNT,
     help="Most that one node's answers may take of bonds in a day; default: a quarter of the bond budget.",
 )
+@click.option("--court/--no-court", "court", default=None, help="Accuse what is found false; default: with a --model.")
+@click.option(
+    "--defence-budget", type=AMOUNT, help="Most that may stand in bonds against false accusations; default 0."
+)
 @click.option("--poll-interval", type=float, help="Seconds between rounds; default 1.")
 @click.option("--confirmations", type=int, help="Blocks before a batch is believed; default 0.")
 @click.option(
@@ -53,9 +73,14 @@ def run(
     context: Context,
     models: tuple[Path, ...],
     engines: tuple[str, ...],
+    court: bool | None,
+    defence_budget: int | None,
     **flags: Any,
 ) -> None:
     """Run until stopped. Without --model or --engine everything but the computation is checked.
+
+    What is found false is computed again in the court's arithmetic and accused, within the bond budget; that needs the
+    model's directory (--model). In mode propose, --key names the account for which accusations are proposed.
 
     All settings: section [watchtower] of the settings file, and POIP_WATCHTOWER_*.
     """
@@ -75,19 +100,21 @@ def run(
         "engine_urls": dict(entry.split("=", 1) for entry in engines) or None,
     }
     settings = load_section(WatchtowerSettings, "watchtower", context.config, {"data": context.settings.data, **given})
-    app.run(settings.values.model_copy(update={"data": data_of(context)}))
+    own = {name: value for name, value in (("enabled", court), ("defence_budget", defence_budget)) if value is not None}
+    in_court = settings.values.court.model_copy(update=own)
+    app.run(settings.values.model_copy(update={"data": data_of(context), "court": in_court}))
 
 
 @command.command()
 @command_context
 def status(context: Context) -> None:
-    """What the watchtower of this data directory has seen: batches, verdicts, challenges, offences."""
+    """What the watchtower of this data directory has seen: batches, verdicts, challenges, accusations, offences."""
     from poip_chain.economic.money import format_amount
     from poip_chain.proof.store import NOTE, open_store
 
-    with open_store(data_of(context)) as store:
+    with open_store(database_of(context)) as store:
         audits, challenges, filings = store.audits(), store.challenges(), store.filings()
-        batches, losses = store.batches(), store.losses_by_node()
+        batches, losses, accusations = store.batches(), store.losses_by_node(), store.accusations()
     data = {
         "batches": [{"id": b.batch.id, "node": b.batch.node, "status": b.status, "state": b.state} for b in batches],
         "audits": [
@@ -96,6 +123,7 @@ def status(context: Context) -> None:
             for a in audits
         ],
         "challenges": [challenge.to_json() for challenge in challenges],
+        "accusations": [accusation.to_json() for accusation in accusations],
         "lost_to_answers": {node: str(amount) for node, amount in losses.items()},
         "offences": [filing.to_json() for filing in filings],
     }  # fmt: skip
@@ -122,6 +150,17 @@ def status(context: Context) -> None:
         if losses:
             rows = [(node, format_amount(amount)) for node, amount in losses.items()]
             output.table(["node", ">taken by its answers"], rows, title="lost bonds")
+        if accusations:
+            output.table(
+                [">batch", ">receipt", "case", "state", ">bond", "reason"],
+                [
+                    (
+                        a["batch"], a["position"], a["case"] or "", a["state"], format_amount(int(a["bond"])), a["reason"],
+                    )
+                    for a in (accusation.to_json() for accusation in accusations)
+                ],
+                title="accusations",
+            )  # fmt: skip
         output.table(["offence", "batch", "state"], [(f.kind, f.batch_id, f.state) for f in filings])
 
     output.result(data, text)
@@ -149,7 +188,7 @@ def submit(context: Context, file: Path) -> None:
         raise InvalidInput(f"{file} holds no signed receipt: {error!r:.200}.") from error
     check_receipt(context.network, receipt, signature)
     with open_store(data_of(context)) as store:
-        store.observe(receipt, signature)
+        store.observe(receipt, signature, int(time.time()))
         pairs = len(store.equivocations())
     output.result(
         {"observed": receipt.struct_hash(), "contradictions": pairs},

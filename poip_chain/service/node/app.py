@@ -26,6 +26,7 @@ from poip_chain.errors import ConfigurationError, Unavailable
 from poip_chain.service.engine.client import EngineClient
 from poip_chain.service.node.admission import Served
 from poip_chain.service.node.chainport import NetworkChain
+from poip_chain.service.node.court import Defence, open_defence
 from poip_chain.service.node.http import create_app
 from poip_chain.service.node.jobs import Loop
 from poip_chain.service.node.node import Node, choose_served, patiently
@@ -82,11 +83,18 @@ def run(settings: NodeSettings) -> None:
         )
         stack.callback(chain.close)
         served = patiently(lambda: choose_served(settings, chain), settings.startup_timeout)
-        asyncio.run(_serve(settings, store, chain, served, key, listener))
+        defence = open_defence(settings, network, chain.outbox, store, name)
+        asyncio.run(_serve(settings, store, chain, served, key, listener, defence))
 
 
 async def _serve(
-    settings: NodeSettings, store: Store, chain: NetworkChain, served: Served, key: Key, listener: socket.socket
+    settings: NodeSettings,
+    store: Store,
+    chain: NetworkChain,
+    served: Served,
+    key: Key,
+    listener: socket.socket,
+    defence: Defence | None,
 ) -> None:
     async with EngineClient(
         settings.engine_url,
@@ -103,6 +111,7 @@ async def _serve(
             store=store,
             key=key,
             served=served,
+            defence=defence,
         )
         await asyncio.to_thread(patiently, node.check_start, settings.startup_timeout)
         server = _Server(
@@ -119,17 +128,23 @@ async def _serve(
         def stop() -> None:
             asyncio_loop.call_soon_threadsafe(server.end)
 
-        loop = Loop(node.jobs, settings.poll_interval, stop)
+        loops = [Loop(node.jobs, settings.poll_interval, stop)]
+        if defence is not None:
+            loops.append(Loop(defence, settings.poll_interval, stop, "poip-node-court"))
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio_loop.add_signal_handler(number, server.end)
         log.info("node starts", node=node.served.node, port=settings.port, next_seq=store.next_seq())
         if settings.withhold_after is not None:
             log.warning("MISBEHAVING ON PURPOSE: transcripts will be withheld", after=settings.withhold_after)
-        loop.start()
+        if settings.contests_everything:
+            log.warning("MISBEHAVING ON PURPOSE: every accusation will be contested with a false trace")
+        for loop in loops:
+            loop.start()
         try:
             await server.serve_until_end(node)
         finally:
-            await asyncio.to_thread(loop.stop)
+            for loop in loops:
+                await asyncio.to_thread(loop.stop)
         if node.jobs.fatal is not None:
             raise node.jobs.fatal
 

@@ -10,6 +10,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import structlog
 
@@ -195,13 +196,22 @@ class Jobs:
             metrics.duties.labels(kind=name).set(number)
 
 
+class Work(Protocol):
+    """What a `Loop` does again and again."""
+
+    fatal: IntegrityError | None
+
+    def step(self) -> None:
+        """One round."""
+
+
 class Loop:
     """Calls `step` every `interval` seconds in a thread until stopped; `stopped` is called if the data went bad."""
 
-    def __init__(self, jobs: Jobs, interval: float, stopped: Callable[[], None]) -> None:
+    def __init__(self, jobs: Work, interval: float, stopped: Callable[[], None], name: str = "poip-node-jobs") -> None:
         self._jobs, self._interval, self._on_fatal = jobs, interval, stopped
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="poip-node-jobs", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
         """Begin."""

@@ -33,6 +33,7 @@ from poip_chain.service.node.admission import (
 from poip_chain.service.node.answers import Duties, Transcripts
 from poip_chain.service.node.batching import Batching
 from poip_chain.service.node.collection import Collector
+from poip_chain.service.node.court import Defence
 from poip_chain.service.node.execution import Engine, Executor, Job
 from poip_chain.service.node.jobs import Jobs
 from poip_chain.service.node.ledger import Ledger
@@ -118,8 +119,10 @@ class Node:
         key: Key,
         served: Served,
         clock: Callable[[], float] = time.time,
+        defence: Defence | None = None,
     ) -> None:
         self.settings, self.chain, self.engine, self.store, self.served = settings, chain, engine, store, served
+        self.defence = defence
         self.key_address = key.address
         self.engine_statement = engine_statement
         self.metrics = NodeMetrics()
@@ -354,6 +357,8 @@ class Node:
         trouble = self.jobs.trouble()
         if self.batching.blocked is not None:
             trouble["batches"] = self.batching.blocked
+        if self.defence is not None:
+            trouble.update(self.defence.trouble())
         down = not engine or self.jobs.fatal is not None or "follow" in trouble
         status = "down" if down else "degraded" if trouble else "ok"
         counts = await asyncio.to_thread(self.jobs.counts)

@@ -14,6 +14,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from poip_chain.errors import ConfigurationError
+from poip_chain.service.court.settings import CourtSettings
+from poip_chain.spec.strict_json import parse_json_object
 
 ENVIRONMENT_PREFIX = "POIP_NODE_"
 
@@ -85,17 +87,22 @@ class NodeSettings(BaseModel):
     startup_timeout: float = Field(120.0, gt=0, description="how long to wait for chain and engine at the start")
     rpc_timeout: float = Field(10.0, gt=0)
 
+    court: CourtSettings = Field(
+        CourtSettings(), description="section: how the node defends itself against accusations (docs/court.md)"
+    )
+
     misbehave: str = Field(
         "none",
         description="FOR TESTS AND THE DEMO ONLY. withhold_after=N serves N audited transcripts and hides all later "
-        "ones, which costs the node its stake",
+        "ones, which costs the node its stake; contest contests every accusation to the last step with a false trace, "
+        "right ones too, which it loses; both, separated by a comma",
     )
 
     @field_validator("misbehave")
     @classmethod
     def _known_misbehaviour(cls, value: str) -> str:
-        if value != "none" and not re.fullmatch(r"withhold_after=\d{1,9}", value):
-            raise ValueError("must be 'none' or 'withhold_after=N'")
+        if not re.fullmatch(r"none|contest|withhold_after=\d{1,9}(,contest)?", value):
+            raise ValueError("must be 'none', 'withhold_after=N', 'contest' or 'withhold_after=N,contest'")
         return value
 
     @field_validator("model_id")
@@ -113,7 +120,13 @@ class NodeSettings(BaseModel):
     @property
     def withhold_after(self) -> int | None:
         """How many audited transcripts are served before the node starts to hide them; None for an honest node."""
-        return None if self.misbehave == "none" else int(self.misbehave.partition("=")[2])
+        withheld = re.match(r"withhold_after=(\d+)", self.misbehave)
+        return int(withheld[1]) if withheld else None
+
+    @property
+    def contests_everything(self) -> bool:
+        """Whether accusations are contested with a false trace."""
+        return self.misbehave.endswith("contest")
 
     @property
     def public_endpoint(self) -> str:
@@ -133,9 +146,12 @@ def load_settings(path: Path | None, **given: Any) -> NodeSettings:
         for name in ("deployment", "data", "key", "outbox", "password_file"):
             if isinstance(values.get(name), str):
                 values[name] = path.parent / values[name]
+        court = values.get("court")
+        if isinstance(court, dict) and isinstance(court.get("model"), str):
+            court["model"] = path.parent / Path(court["model"]).expanduser()
     for name in NodeSettings.model_fields:
         if (text := os.environ.get(ENVIRONMENT_PREFIX + name.upper())) is not None:
-            values[name] = text
+            values[name] = parse_json_object(text.encode()) if name == "court" else text
     values.update({name: value for name, value in given.items() if value is not None})
     try:
         return NodeSettings(**values)
