@@ -21,7 +21,7 @@ import threading
 import time
 import venv
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,8 @@ PYTHON_VERSION = (3, 11)
 FREE_GIGABYTES = 10
 _HEARTBEAT_SECONDS = 20.0
 _STAMP = "poip-setup.json"
+_LOG = "poip-setup.log"
+_SHOWN_LOG_LINES = 40
 
 TORCH_ADVICE = """\
 No source of PyTorch's CPU build is configured for pip, so nothing was downloaded: without one the ordinary
@@ -133,12 +135,20 @@ def heartbeat(what: str) -> Iterator[None]:
         thread.join()
 
 
-def run(what: str, command: Sequence[str], environment: Mapping[str, str], fix: str) -> None:
-    """Run one step, its output shown; `SetupError` with `fix` if it fails."""
-    with heartbeat(what):
-        finished = subprocess.run(command, cwd=ROOT, env=dict(environment), check=False)
-    if finished.returncode:
-        raise SetupError(f"Failed while {what} (exit code {finished.returncode}; its own words are above).\n{fix}")
+def run(
+    what: str, command: Sequence[str], environment: Mapping[str, str], fix: str, *, log: Path | None = None
+) -> None:
+    """Run one step; `SetupError` with `fix` if it fails. Its output is shown or, with `log`, goes into that file, whose
+    end is shown if the step fails."""
+    with heartbeat(what), log.open("w") if log else nullcontext() as file:
+        finished = subprocess.run(command, cwd=ROOT, env=dict(environment), stdout=file, stderr=file, check=False)
+    if finished.returncode == 0:
+        return
+    if log is not None:
+        lines = log.read_text(errors="replace").splitlines()
+        print("\n".join(lines[-_SHOWN_LOG_LINES:]), flush=True)
+        fix = f"All {len(lines)} lines of it: {log}\n{fix}"
+    raise SetupError(f"Failed while {what} (exit code {finished.returncode}; its own words are above).\n{fix}")
 
 
 def is_usable(environment: Environment) -> bool:
@@ -229,7 +239,7 @@ def install(environment: Environment) -> None:
     else:
         print("[3/4] no engine in this environment: PyTorch is not needed", flush=True)
     print(
-        f"[4/4] installing {count} packages, two minutes from a near index; large files are named below",
+        f"[4/4] installing {count} packages, two minutes from a near index; they are listed in {environment.folder}/{_LOG}",
         flush=True,
     )
     command = [
@@ -250,6 +260,7 @@ def install(environment: Environment) -> None:
         "Fix: check the connection to the package index and the free space, then run the command again; it\n"
         "goes on from what is already downloaded. A hash mismatch means that the index serves other files\n"
         "than were locked.",
+        log=environment.path / _LOG,
     )
 
 

@@ -6,6 +6,7 @@ Heavy imports stand inside functions: `poip --help` must be quick.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from poip_chain.spec.types import Address
 
 R = TypeVar("R")
+
+_KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 
 
 @dataclass
@@ -80,6 +83,15 @@ class Context:
             return Path(name).expanduser()
         return self.settings.keys / f"{name}.json"
 
+    def new_key_path(self, name: str) -> Path:
+        """Where a new key of this name goes. Raises InvalidInput for what is no name: a path, what looks like an address."""
+        if not _KEY_NAME.fullmatch(name) or name.endswith(".json") or name.startswith("0x"):
+            raise InvalidInput(
+                f"{name[:80]!r} is not a name for a key: letters, digits, '-', '_' and '.', no path, no ending, no address.",
+                hint=f"The file NAME.json is made in {self.settings.keys}; --data names another data directory.",
+            )
+        return self.key_path(name)
+
     def load_key(self, name: str) -> Key:
         """Open a key; the password comes from --password-file, POIP_PASSWORD, `<key>.password`, or the terminal."""
         from poip_chain.chain.keys import load, password_from
@@ -132,6 +144,19 @@ class Context:
         address = self.address(text)
         self.network.registry.info(address)
         return address
+
+    def need_tokens(self, owner: Address, amount: int) -> None:
+        """Raises InsufficientFunds, with the balance and what to do, unless `owner` holds `amount` wei of the token."""
+        from poip_chain.economic.money import format_amount
+        from poip_chain.errors import InsufficientFunds
+
+        held = self.network.token.balance(owner)
+        if held < amount:
+            raise InsufficientFunds(
+                f"{format_amount(amount)} is more than {owner} has: its balance is {format_amount(held)}.",
+                hint=f"Name a smaller amount, or send it {format_amount(amount - held)} more: "
+                f"`poip token transfer {owner} AMOUNT --key NAME`, with a key that has tokens.",
+            )
 
     @contextmanager
     def outbox(self, key: Key) -> Iterator[Outbox]:
@@ -210,12 +235,17 @@ def _prompt(text: str) -> str:
     return str(click.prompt(text, hide_input=True, err=True))
 
 
-_SHARED_OPTIONS: tuple[Callable[..., Any], ...] = (
+_LOCAL_OPTIONS: tuple[Callable[..., Any], ...] = (
     click.option("--json", "json_", is_flag=True, help="Print one JSON document."),
     click.option("--config", type=click.Path(path_type=Path), help="Settings file (TOML). [POIP_CONFIG]"),
+    click.option("--data", type=click.Path(path_type=Path), help="Data directory, default ~/.poip. [POIP_DATA]"),
+)
+
+_SHARED_OPTIONS: tuple[Callable[..., Any], ...] = (
+    *_LOCAL_OPTIONS[:2],
     click.option("--deployment", type=click.Path(path_type=Path), help="Deployment file. [POIP_DEPLOYMENT]"),
     click.option("--rpc", "rpc_url", metavar="URL", help="JSON-RPC endpoint. [POIP_RPC_URL]"),
-    click.option("--data", type=click.Path(path_type=Path), help="Data directory, default ~/.poip. [POIP_DATA]"),
+    *_LOCAL_OPTIONS[2:],
 )
 
 _KEY_OPTIONS: tuple[Callable[..., Any], ...] = (
@@ -238,6 +268,11 @@ def command_context(function: Callable[..., R]) -> Callable[..., R]:
     return _with(function, _SHARED_OPTIONS, ())
 
 
+def local_context(function: Callable[..., R]) -> Callable[..., R]:
+    """As `command_context` without --rpc and --deployment: for commands that only look at files of this machine."""
+    return _with(function, _LOCAL_OPTIONS, ())
+
+
 def key_context(function: Callable[..., R]) -> Callable[..., R]:
     """As `command_context`, and --key and --password-file."""
     return _with(function, (*_SHARED_OPTIONS, *_KEY_OPTIONS), _KEY_NAMES)
@@ -258,8 +293,8 @@ def _with(function: Callable[..., R], options: Sequence[Callable[..., Any]], nam
         json_: bool,
         config: Path | None,
         data: Path | None,
-        rpc_url: str | None,
-        deployment: Path | None,
+        rpc_url: str | None = None,
+        deployment: Path | None = None,
         **keywords: Any,
     ) -> R:
         output.use_json(json_)
@@ -291,6 +326,8 @@ class Amount(click.ParamType[int]):
             return value
         from poip_chain.economic.money import parse_amount
 
+        if str(value).strip().startswith("-"):
+            self.fail(f"an amount must be positive, not {str(value)[:60]!r}.", param, ctx)
         try:
             return parse_amount(str(value))
         except PoipError as error:

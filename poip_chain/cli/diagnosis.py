@@ -6,6 +6,7 @@ Checks only read. A check that cannot be made because an earlier one failed says
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -29,9 +30,11 @@ LOW_COINS = 10**16
 """Wei of the chain's coin below which a sending key will soon be stuck."""
 PORTS = {"node": 8700, "gateway": 8800, "engine": 8000}
 """Where the programs listen if the settings do not say otherwise."""
+_PEER_NAME = re.compile(r"(^|[-_.])peer[0-9]*($|[-_.])")
+"""How people call a peer key; before the node is registered the name is all there is to tell it by."""
 FIXES = {
     "chain": "Start the chain (`poip devnet`), or name another endpoint with --rpc.",
-    "contracts": "`poip deploy` makes a deployment; --deployment names another file.",
+    "contracts": "--data (or POIP_DATA) names the network's directory, --deployment its file; `poip deploy` makes one.",
     "model": "`poip model prepare` builds the default model; name a directory with --model.",
     "engine": "Give the address as http://HOST:PORT; `poip engine serve --model DIR` starts one.",
 }
@@ -64,8 +67,9 @@ def examine(context: Context, model: Path | None, engine_url: str | None) -> Ite
             yield Diagnosis(name, "not checked", "the chain does not answer")
     yield from _keys(context)
     if deployed:
+        peers = _peer_keys(context)
         for name, address in _addresses(context).items():
-            yield from _guarded(f"funds of {name}", lambda n=name, a=address: _funds(context, n, a))  # type: ignore[misc]
+            yield from _guarded(f"funds of {name}", lambda n=name, a=address: _funds(context, n, a, peers))  # type: ignore[misc]
     yield from _ports(context)
     if model is not None:
         yield from _guarded("model", lambda: _model(context, model, deployed))
@@ -140,7 +144,16 @@ def _addresses(context: Context) -> dict[str, Address]:
     return found
 
 
-def _funds(context: Context, key: str, address: Address) -> Diagnosis:
+def _peer_keys(context: Context) -> frozenset[Address]:
+    """The peer keys of all registered nodes."""
+    registry = context.network.registry
+    found = set()
+    with contextlib.suppress(PoipError):
+        found = {registry.info(node).peer_key for node in registry.nodes()}
+    return frozenset(found)
+
+
+def _funds(context: Context, key: str, address: Address, peers: frozenset[Address]) -> Diagnosis:
     network = context.network
     coins, tokens = context.chain.balance(address), network.token.balance(address)
     node = network.registry.node_of_key(address)
@@ -150,6 +163,8 @@ def _funds(context: Context, key: str, address: Address) -> Diagnosis:
         return Diagnosis(name, "warning", detail, "It left for good: register a new node with a new key.")
     if node is not None and "not active" in role:
         return Diagnosis(name, "warning", detail, "`poip stake add` or `poip node unjail`; see `poip node list`.")
+    if node is None and (address in peers or _PEER_NAME.search(key)):
+        return Diagnosis(name, "ok", f"{detail}; a peer key sends no transactions and needs no gas")
     if coins < LOW_COINS:
         return Diagnosis(name, "warning", detail, f"Send some of the chain's coin to {address}: it pays for gas.")
     return Diagnosis(name, "ok", detail)

@@ -98,14 +98,15 @@ def _summary(stem: str) -> str:
 @click.command(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 not reachable, 4 a check failed.",
+    epilog="Exit codes: 0 done; 1 refused or failed; 2 wrong usage; 3 not reachable; 4 a check says no (a false receipt, "
+    "a verdict of fraud, a fault that `doctor` finds).",
 )
 @click.version_option(package_name="poip-chain", prog_name="poip", message="%(prog)s %(version)s")
 def cli() -> None:
     """Proof of Inference Protocol: verifiable answers of open language models.
 
-    Every command takes --json; where money moves also --dry-run and --yes. `poip config` shows the settings and where
-    each comes from.
+    Options stand after the command. Every command takes --json; where money moves also --dry-run and --yes. `poip config`
+    shows the settings and where each comes from.
     """
 
 
@@ -125,8 +126,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         click.echo(error.format_message(), err=True)
         return EXIT_USAGE
     except click.UsageError as error:
+        from poip_chain.cli.usage import explained
+
         output.use_json(wants_json)
-        output.usage_error(error)
+        output.usage_error(explained(error))
         return EXIT_USAGE
     except click.ClickException as error:
         output.error(error.format_message(), "", "usage")

@@ -18,6 +18,7 @@ from poip_chain.errors import PoipError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.tree import Tree
 
 _PIPE_WIDTH = 200
 """Columns of a table that goes into a pipe or file: nothing is cut."""
@@ -85,6 +86,21 @@ def fields(pairs: Mapping[str, object] | Sequence[tuple[str, object]]) -> None:
     width = max((len(name) for name, _ in entries), default=0)
     for name, value in entries:
         click.echo(f"{name.ljust(width)}  {value}")
+
+
+def tree(top: Tree) -> None:
+    """Print a tree."""
+    _console(stderr=False).print(top)
+
+
+def logits(value: int) -> str:
+    """A margin, in 2**-16 logits, for people."""
+    return f"{value / 65536:.4f} logits"
+
+
+def nats(value: int) -> str:
+    """A fingerprint score, in 1/64 nat, for people."""
+    return f"{value / 64:.2f} nat"
 
 
 def note(text: str) -> None:

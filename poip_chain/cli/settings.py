@@ -107,7 +107,11 @@ def _common_file(config: Path | None, flags: Mapping[str, Any]) -> Path | None:
         config = Path(os.environ["POIP_CONFIG"])
     if config is not None:
         if not config.is_file():
-            raise ConfigurationError(f"there is no settings file {config}.")
+            raise ConfigurationError(
+                f"there is no settings file {config}.",
+                hint='The README has an example (under "Node operators"); `poip config node` lists a node\'s settings, and '
+                "`poip config gateway` and `poip config watchtower` those of the others.",
+            )
         return config
     data = Path(flags.get("data") or os.environ.get("POIP_DATA") or "~/.poip").expanduser()
     default = data / "poip.toml"
@@ -171,10 +175,18 @@ def _from_file(model: type[BaseModel], section: str, file: Path | None) -> dict[
             raise ConfigurationError(f"[{section}] in {file} must be a section.")
     else:
         chosen = {name: value for name, value in body.items() if not (name in SECTIONS and isinstance(value, dict))}
-    for name, field in model.model_fields.items():
-        if isinstance(chosen.get(name), str) and _is_path(field.annotation):
-            chosen[name] = file.parent / Path(chosen[name]).expanduser()
+    _resolve_paths(model, chosen, file.parent)
     return chosen
+
+
+def _resolve_paths(model: type[BaseModel], chosen: dict[str, Any], folder: Path) -> None:
+    """Make the paths of a section, and of the tables in it, relative to the file's folder."""
+    for name, field in model.model_fields.items():
+        value, kind = chosen.get(name), field.annotation
+        if isinstance(value, str) and _is_path(kind):
+            chosen[name] = folder / Path(value).expanduser()
+        elif isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, BaseModel):
+            _resolve_paths(kind, value, folder)
 
 
 def _is_path(annotation: Any) -> bool:

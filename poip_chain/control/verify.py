@@ -311,7 +311,9 @@ def _commitment_checks(proof: Proof, chain: ChainView, reader: Callable[[str], B
     elif state is BatchState.FINAL:
         report.checks.append(Check("finality", "ok", f"batch {batch.id} is final"))
     else:
-        detail = f"batch {batch.id} can still be challenged until {batch.window_end} (Unix time)"
+        detail = (
+            f"batch {batch.id} is pending: its window ends at {batch.window_end} (Unix time), later if it is disputed"
+        )
         report.checks.append(Check("finality", "not checked", detail))
 
 

@@ -282,9 +282,10 @@ def cheapest_points(
     """The shortest list of points that passes a limit of the profile; None if none that fits a claim does.
 
     margins: at most one a position. tokens: of the whole output. One margin above the hard limit, else the largest terms
-    of one kind. Among equally long lists the one that brings fewer bytes. Where a claim cannot hold all leaves that the
-    largest terms stand in, those that come too late are left out: then a shorter list may exist. None does not mean that
-    the answer is honest: a score spread thinly over a long answer does not fit a claim.
+    of one kind, a small one that stands alone in a leaf exchanged for one in a leaf that is brought anyway. Among equally
+    long lists of both kinds the one that brings fewer bytes. Where a claim cannot hold all leaves that the largest terms
+    stand in, those that come too late are left out: then a shorter list may exist. None does not mean that the answer is
+    honest: a score spread thinly over a long answer does not fit a claim.
     """
     largest = sorted(margins, key=lambda term: (-term.value, term.point.position))
     if largest and largest[0].value > profile.margin_hard_limit:
@@ -308,8 +309,8 @@ def cheapest_points(
 
 
 def _enough(terms: Sequence[Term], limit: int | None, parts: Sequence[Part]) -> list[Point] | None:
-    """The first terms, in the order given, whose sum is above the limit, as far as their leaves fit a claim."""
-    chosen: list[Point] = []
+    """As many of the terms, which come in descending order, as pass the limit, as far as their leaves fit a claim."""
+    chosen: list[Term] = []
     places: dict[Part, set[int]] = {part: set() for part in parts}
     total = 0
     for term in terms:
@@ -319,10 +320,27 @@ def _enough(terms: Sequence[Term], limit: int | None, parts: Sequence[Part]) -> 
         if any(len(wanted[part]) > MAX_LEAVES[part] for part in parts):
             continue
         places, total = wanted, total + term.value
-        chosen.append(term.point)
+        chosen.append(term)
         if total > limit:
-            return chosen
+            return [term.point for term in _in_fewer_leaves(chosen, terms, total - limit - 1, _PER_LEAF[parts[0]])]
     return None
+
+
+def _in_fewer_leaves(chosen: Sequence[Term], terms: Sequence[Term], spare: int, per_leaf: int) -> list[Term]:
+    """The chosen ones, the smallest first exchanged where one more in another chosen leaf costs at most what is spare."""
+    kept = list(chosen)
+    left = [term for term in terms if term not in kept]
+    for lonely in reversed(chosen):
+        others = {term.point.position // per_leaf for term in kept if term is not lonely}
+        if lonely.point.position // per_leaf in others:
+            continue
+        near = (term for term in left if term.point.position // per_leaf in others)
+        other = next(near, None)
+        if other is not None and lonely.value - other.value <= spare:
+            spare -= lonely.value - other.value
+            kept[kept.index(lonely)] = other
+            left.remove(other)
+    return kept
 
 
 def score(batch: Batch, claim: Claim, profile: Profile, weights_root: bytes) -> Scored:

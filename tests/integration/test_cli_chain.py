@@ -105,7 +105,30 @@ def test_transfer_preview_and_sending(terminal: Terminal) -> None:
     done = terminal.json(*transfer, "--yes")
     assert done["amount"] == str(3 * POIP // 2) and done["transactions"][0]["gas_used"] > 21_000
     assert int(terminal.json("token", "balance", "helper")["tokens"]) == before + 3 * POIP // 2
-    assert "exceeds balance" in terminal.fails(1, "token", "transfer", "helper", "9999999", "--key", "client", "-y")
+
+
+def test_more_than_there_is_names_the_balance_and_the_way_out(terminal: Terminal) -> None:
+    """Before anything is asked or sent; `poor` has 3 tokens."""
+    terminal.json("key", "new", "poor", "--development")
+    try:
+        address = terminal.json("key", "show", "poor")["address"]
+        terminal.json("token", "transfer", "poor", "3", "--key", "client", "--yes")
+        register = ["node", "register", "--key", "poor", "--node-key", "helper", "--peer-key", "client"]
+        for line in (
+            ["stake", "add", "node", "5", "--key", "poor"],
+            ["stake", "add", "node", "5", "--key", "poor", "--yes"],
+            ["stake", "add", "node", "5", "--key", "poor", "--dry-run"],
+            ["funds", "deposit", "node", "5", "--key", "poor"],
+            ["token", "transfer", "helper", "5", "--key", "poor"],
+            [*register, "--endpoint", "http://127.0.0.1:9", "--stake", "5"],
+        ):
+            error = terminal.fails(1, *line)
+            assert f"5 POIP is more than {address} has: its balance is 3 POIP" in error, line
+            assert "2 POIP more" in error and f"poip token transfer {address}" in error
+        assert terminal.json("token", "balance", "poor")["tokens"] == str(3 * POIP)
+    finally:
+        for file in terminal.data.joinpath("keys").glob("poor.*"):
+            file.unlink()
 
 
 def test_usage_errors(terminal: Terminal) -> None:
@@ -167,7 +190,8 @@ def test_funds_add_up(terminal: Terminal) -> None:
 
 def test_parameters(terminal: Terminal) -> None:
     listed = {entry["name"]: entry for entry in terminal.json("params", "list")["parameters"]}
-    assert listed["challenge_window"]["value"] == "30" and listed["audit_rate"]["unit"] == "ppm"
+    (window,) = (parameter.value for parameter in DEVNET_PARAMETERS if parameter.name == "challenge_window")
+    assert listed["challenge_window"]["value"] == str(window) and listed["audit_rate"]["unit"] == "ppm"
     assert "below minimum" in terminal.fails(1, "params", "set", "audit_rate", "1", "--key", "deployer", "--yes")
     terminal.fails(1, "params", "set", "audit_rate", "200000", "--key", "client", "--yes")
     terminal.json("params", "set", "audit_rate", "200000", "--key", "deployer", "--yes")
@@ -195,7 +219,10 @@ def test_trouble_is_told_apart(terminal: Terminal, tmp_path: Path) -> None:
     assert main.run(["node", "list", "--data", str(terminal.data), *nowhere]) == 3
     assert "does not answer" in terminal.capsys.readouterr().err
     assert main.run(["node", "list", "--data", str(tmp_path), "--rpc", terminal.url]) == 1
-    assert "poip deploy" in terminal.capsys.readouterr().err
+    error = terminal.capsys.readouterr().err
+    # Most who see this have a network already, in another directory.
+    assert "poip deploy" in error and "--data" in error and "POIP_DATA" in error and "make up" in error
+    assert str(tmp_path / "deployment.json") in error
     body = json.loads((terminal.data / "deployment.json").read_text())
     (tmp_path / "deployment.json").write_text(json.dumps({**body, "genesis": "0x" + "00" * 32}))
     assert main.run(["node", "list", "--data", str(tmp_path), "--rpc", terminal.url]) == 1

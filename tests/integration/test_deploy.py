@@ -63,13 +63,39 @@ def test_everything_is_in_place(network: Network) -> None:
     at = network.address
     assert network.registry.read("is_sealed") and network.log.read("sealed")
     assert network.registry.read("log_address") == at("CommitmentLog")
-    for judge in ("Offences", "Availability"):
-        assert network.registry.read("slasher_active_at", at(judge)) > 0
+    for judge in ("Offences", "Availability", "Accusations"):
         assert network.log.read("judge_active_from", at(judge)) > 0
-    assert network.registry.read("slasher_active_at", at("CommitmentLog")) > 0
+    for slasher in ("CommitmentLog", "Offences", "Availability"):
+        assert network.registry.read("slasher_active_at", at(slasher)) > 0
+    # The court convicts through the log, and takes no stake by itself.
+    assert network.registry.read("slasher_active_at", at("Accusations")) == 0
     assert network.vault.treasury() == DEPLOYER.address
     assert network.token.owner() == DEPLOYER.address
     assert network.deployment.block == network.deployment.contracts["PoipToken"].block
+
+
+COURT = {
+    "Referee": {"trace_map": "TraceMap"},
+    "Scoring": {"commitment_log": "CommitmentLog", "models": "ModelRegistry"},
+    "Accusations": {
+        "token": "PoipToken",
+        "commitment_log": "CommitmentLog",
+        "registry": "NodeRegistry",
+        "models": "ModelRegistry",
+        "parameters": "Parameters",
+        "scoring": "Scoring",
+        "trace_map": "TraceMap",
+        "contests": "Contests",
+    },
+    "Contests": {"accusations": "Accusations", "referee": "Referee", "trace_map": "TraceMap"},
+}
+
+
+@pytest.mark.parametrize("name", COURT)
+def test_the_court_is_bound_to_the_right_contracts(chain: Chain, network: Network, name: str) -> None:
+    for getter, other in COURT[name].items():
+        contract = chain.contract(name, network.address(name))
+        assert chain.read(contract.functions[getter]()) == network.address(other)
 
 
 def test_money_and_numbers(network: Network) -> None:

@@ -200,7 +200,7 @@ def test_the_commands(site: Site, tmp_path: Path) -> None:
     seen = subprocess.run([POIP, "watch", "status", "--json", *shared], capture_output=True, timeout=60, check=True)
     assert {batch["node"] for batch in json.loads(seen.stdout)["batches"]} == {site.node.address}
     audits = subprocess.run([POIP, "audit", "list", "--json", *shared], capture_output=True, timeout=60, check=True)
-    assert isinstance(json.loads(audits.stdout), list)
+    assert isinstance(json.loads(audits.stdout)["audits"], list)
 
 
 def test_the_workers(site: Site, tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_audit_run_refuses_what_is_no_evidence(site: Site, tmp_path: Path, capsy
     garbage = tmp_path / "garbage.json"
     garbage.write_text('{"version": 999}')
     line = ["audit", "run", "--data", str(tmp_path), "--model", str(site.gateway.model), "--evidence"]
-    for file, words in ((garbage, "version 999"), (tmp_path / "none.json", "No such file")):
+    for file, words in ((garbage, "version 999"), (tmp_path / "none.json", "no evidence file")):
         assert main.run([*line, str(file)]) == 1
         shown = capsys.readouterr().err
         assert str(file) in shown and words in shown and "Traceback" not in shown

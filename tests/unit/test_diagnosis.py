@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from poip_chain.chain.keys import create_development_key
+from poip_chain.chain.keys import address_of, create_development_key
 from poip_chain.cli import main
 from poip_chain.cli.context import Context
 from poip_chain.cli.diagnosis import LOW_COINS, MAX_CLOCK_SKEW, PORTS, Diagnosis, examine
@@ -42,6 +42,7 @@ class Parts:
     left_at: int = 0
     registered: bool = True
     models: list[bytes] = field(default_factory=list)
+    peer_key: Address = NODE
     url: str = "http://chain"
     chain_id: int = 31337
 
@@ -66,6 +67,9 @@ class Parts:
     def addresses(self) -> dict[str, Address]:
         return {"PoipToken": NODE}
 
+    def nodes(self) -> list[Address]:
+        return [] if self.node is None else [self.node]
+
     def node_of_key(self, _: Address) -> Address | None:
         return self.node
 
@@ -76,7 +80,13 @@ class Parts:
         if not self.registered:
             raise NotFound(f"there is no node {node}.")
         values: dict[str, Any] = dict.fromkeys(NodeInfo.__dataclass_fields__, 0)
-        values.update(active=100 * POIP, locked=POIP, jailed_until=self.jailed_until, deregistered_at=self.left_at)
+        values.update(
+            peer_key=self.peer_key,
+            active=100 * POIP,
+            locked=POIP,
+            jailed_until=self.jailed_until,
+            deregistered_at=self.left_at,
+        )
         return NodeInfo(**values)
 
     def model_ids(self) -> list[bytes]:
@@ -217,6 +227,26 @@ def test_no_coins_for_gas(data: Path) -> None:
     assert diagnose(data, Parts(coins=LOW_COINS))["funds of operator"].state == "ok"
 
 
+def test_peer_keys_need_no_gas(data: Path) -> None:
+    """They send nothing: known by a registered node, or before that by their name."""
+    for name in ("peer", "alpha-peer", "peer0", "other", "speer"):
+        create_development_key(data / "keys" / f"{name}.json")
+    found = diagnose(data, Parts(coins=0))
+    states = {name: found[f"funds of {name}"].state for name in ("peer", "alpha-peer", "peer0", "other", "speer")}
+    assert states == {"peer": "ok", "alpha-peer": "ok", "peer0": "ok", "other": "warning", "speer": "warning"}
+    assert "no gas" in found["funds of peer"].detail
+
+    class OfOneNode(Parts):
+        def nodes(self) -> list[Address]:
+            return [NODE]
+
+    other = address_of(data / "keys" / "other.json")
+    found = diagnose(data, OfOneNode(coins=0, peer_key=other))
+    assert found["funds of other"].state == "ok" and found["funds of operator"].state == "warning"
+    # A node key is one whatever it is called.
+    assert diagnose(data, Parts(coins=0, node=NODE))["funds of peer"].state == "warning"
+
+
 def test_a_node_that_may_not_work(data: Path) -> None:
     funds = diagnose(data, Parts(node=NODE))["funds of operator"]
     assert funds.state == "ok" and "active" in funds.detail and "100 POIP" in funds.detail
@@ -289,7 +319,7 @@ def test_the_commands_exit_code_and_json(data: Path, capture: pytest.CaptureFixt
     nowhere = ["--data", str(data), "--rpc", f"http://127.0.0.1:{PORTS['engine']}"]
     assert main.run(["doctor", *nowhere, "--json"]) == 4
     shown = capture.readouterr()
-    found = {row["name"]: row for row in json.loads(shown.out)}
+    found = {row["name"]: row for row in json.loads(shown.out)["checks"]}
     assert found["chain"]["state"] == "failed" and found["chain"]["fix"] and found["key operator"]["state"] == "ok"
     assert set(found["chain"]) == {"name", "state", "detail", "fix"}
     assert shown.err.strip() == "Error: failed: chain."
@@ -304,6 +334,6 @@ def test_warnings_alone_are_no_failure(
     warned = [Diagnosis("clock", "warning", "off", "NTP"), Diagnosis("chain", "ok", "there")]
     monkeypatch.setattr("poip_chain.cli.diagnosis.examine", lambda *_: iter(warned))
     assert main.run(["doctor", "--data", str(tmp_path), "--json"]) == 0
-    assert json.loads(capture.readouterr().out) == [one.to_json() for one in warned]
+    assert json.loads(capture.readouterr().out) == {"checks": [one.to_json() for one in warned]}
     assert main.run(["doctor", "--data", str(tmp_path)]) == 0
     assert "NTP" in capture.readouterr().out

@@ -181,3 +181,27 @@ def test_wrong_python_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(sys, "argv", ["setup_env"])
     assert setup_env.main() == 1
     assert "make PYTHON=" in capsys.readouterr().err
+
+
+def test_the_list_of_packages_goes_into_a_log(
+    environment: setup_env.Environment, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """350 lines of packages hide the few that matter; the steps are still shown."""
+    monkeypatch.setattr(setup_env, "is_usable", lambda _: True)
+    monkeypatch.setattr(setup_env, "install_uv", lambda _: None)
+    monkeypatch.setattr(setup_env, "check_torch_source", lambda *_: None)
+    monkeypatch.setattr(setup_env, "check_disk", lambda: None)
+    lister = 'for i in $(seq 350); do echo "+ package-$i"; done; echo "Installed 350" >&2'
+    script(environment.path / "bin" / "uv", lister)
+    setup_env.install(environment)
+    shown = capfd.readouterr()
+    assert [line[:5] for line in shown.out.splitlines()] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"] and shown.err == ""
+    log = environment.path / "poip-setup.log"
+    assert f"{environment.folder}/{log.name}" in shown.out
+    assert len(log.read_text().splitlines()) == 351
+    # A failure shows the end of it, and where the rest is.
+    script(environment.path / "bin" / "uv", f'{lister}; echo "no space left" >&2; exit 7')
+    with pytest.raises(setup_env.SetupError, match=r"exit code 7(.|\n)*352 lines(.|\n)*poip-setup\.log(.|\n)*Fix:"):
+        setup_env.install(environment)
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[-1] == "no space left" and "+ package-1" not in lines and len(lines) < 50

@@ -1,4 +1,4 @@
-"""Show the whole network on this machine: answers, receipts, audits, fees, and a cheat that loses its stake."""
+"""Show the whole network on this machine: answers, receipts, audits, fees, a cheat that loses its stake, the court."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from poip_chain.cli.context import Context, command_context
 if TYPE_CHECKING:
     from poip_chain.cli.local.report import Report
 
-TIME_LIMIT = 420.0
+TIME_LIMIT = 480.0
 """Seconds for the scenario once the network is up."""
 
 
@@ -27,9 +27,11 @@ TIME_LIMIT = 420.0
 @command_context
 def command(context: Context, model: Path | None, directory: Path | None) -> None:
     """Run a devnet, two honest nodes and a cheat (a real vLLM engine each), a gateway and a watchtower; ask questions
-    through the OpenAI SDK; follow the money until fees are withdrawn and the cheat is slashed. Ends by itself.
+    through the OpenAI SDK; follow the money until fees are withdrawn, the cheat is slashed and convicted in court, and a
+    liar has lost its bond. Ends by itself.
     """
     from poip_chain.cli.local.network import LocalNetwork
+    from poip_chain.cli.local.pulse import Pulse
     from poip_chain.cli.local.report import reconcile, take
     from poip_chain.cli.local.scenario import Scenario
 
@@ -39,17 +41,19 @@ def command(context: Context, model: Path | None, directory: Path | None) -> Non
     def tell(text: str) -> None:
         output.note(f"[{time.monotonic() - begin:5.0f} s] {text}")
 
-    local = LocalNetwork(place, tell)
-    try:
-        network = local.start(context.settings.data / "models", model)
-        before, supply = take(local, network), network.token.total_supply()
-        tell("asking questions through the OpenAI SDK")
-        Scenario(local, network, tell, TIME_LIMIT).run()
-        memory = local.supervisor.memory_bytes()
-        report = reconcile(network, before, take(local, network), supply)
-    finally:
-        tell("stopping all processes")
-        local.supervisor.stop()
+    with Pulse(tell) as pulse:
+        local = LocalNetwork(place, pulse.tell)
+        try:
+            network = local.start(context.settings.data / "models", model)
+            before, supply = take(local, network), network.token.total_supply()
+            pulse.tell("asking questions through the OpenAI SDK")
+            Scenario(local, network, pulse, TIME_LIMIT).run()
+            memory = local.supervisor.peak_memory_bytes
+            report = reconcile(network, before, take(local, network), supply)
+        finally:
+            pulse.wait_for("all processes to stop")
+            pulse.tell("stopping all processes")
+            local.supervisor.stop()
     seconds = time.monotonic() - begin
     summary = {**report.to_json(), "seconds": round(seconds, 1), "memory_bytes": memory, "logs": str(place / "logs")}
     (place / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

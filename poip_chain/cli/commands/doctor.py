@@ -21,7 +21,7 @@ def command(context: Context, model: Path | None, engine_url: str | None) -> Non
     with output.progress("checking"):
         found = list(examine(context, model, engine_url))
     output.result(
-        [diagnosis.to_json() for diagnosis in found],
+        {"checks": [diagnosis.to_json() for diagnosis in found]},
         lambda: output.table(["check", "state", "what", "fix"], [(d.name, d.state, d.detail, d.fix) for d in found]),
     )
     failed = [diagnosis.name for diagnosis in found if diagnosis.state == "failed"]

@@ -89,6 +89,7 @@ def deposit(context: Context, node: str, amount: int) -> None:
 
     network, address = context.network, context.address(node)
     network.registry.info(address)
+    context.need_tokens(context.key.address, amount)
     deadline = context.chain.timestamp() + PERMIT_SECONDS
     v, r, s = network.token.permit(context.key, network.vault.address, amount, deadline)
     title = f"deposit {format_amount(amount)} with {address}"

@@ -29,12 +29,15 @@ MINIMUM_PASSWORD = 8
 )
 @command_context
 def new(context: Context, name: str, password_file: Path | None, development: bool, account: int | None) -> None:
-    """Make the key NAME in the data directory."""
+    """Make the key NAME in the data directory.
+
+    The password, of 8 characters or more, comes from --password-file, POIP_PASSWORD, or the terminal.
+    """
     from poip_chain.chain import keys
 
-    path = context.key_path(name)
     if account is not None and not development:
         raise click.UsageError("--account is for --development keys only: everybody knows them.")
+    path = context.new_key_path(name)
     if development:
         existed = path.exists()
         key = keys.create_development_key(path, account)
@@ -58,7 +61,10 @@ def _new_password(path: Path, password_file: Path | None) -> str:
     else:
         password = password_from(password_file)(path)
     if len(password) < MINIMUM_PASSWORD:
-        raise InvalidInput(f"the password is shorter than {MINIMUM_PASSWORD} characters.")
+        raise InvalidInput(
+            f"the password is shorter than {MINIMUM_PASSWORD} characters.",
+            hint="It comes from --password-file, POIP_PASSWORD, or the terminal; keys of devnets: --development.",
+        )
     return password
 
 

@@ -38,6 +38,7 @@ def register(context: Context, node_key: str, peer_key: str, endpoint: str, payo
     signer, peer = context.load_key(node_key), context.load_key(peer_key)
     if len({operator.address, signer.address, peer.address}) != 3:
         raise ConfigurationError("operator, node key and peer key must be three different keys.")
+    context.need_tokens(operator.address, stake)
     receiver = context.address(payout) if payout else operator.address
     deadline = context.chain.timestamp() + SIGNATURE_SECONDS
     domain = network.domain("registry")

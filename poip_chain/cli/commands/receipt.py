@@ -23,7 +23,7 @@ def show(context: Context, file: Path) -> None:
     from poip_chain.economic.money import format_amount
     from poip_chain.spec.objects import FinishReason
 
-    proof = Proof.from_json(find_proof(read_document(file)))
+    proof = Proof.from_json(find_proof(read_document(file), file))
     receipt, request = proof.receipt, proof.request
     reasons = {int(reason): reason.name.lower() for reason in FinishReason}
 

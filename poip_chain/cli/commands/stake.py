@@ -22,6 +22,7 @@ def add(context: Context, node: str, amount: int) -> None:
     from poip_chain.economic.money import format_amount
 
     network, address = context.network, context.node(node)
+    context.need_tokens(context.key.address, amount)
     deadline = context.chain.timestamp() + PERMIT_SECONDS
     v, r, s = network.token.permit(context.key, network.registry.address, amount, deadline)
     title = f"stake {format_amount(amount)} on {address}"

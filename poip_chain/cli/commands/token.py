@@ -41,6 +41,7 @@ def transfer(context: Context, receiver: str, amount: int) -> None:
     from poip_chain.economic.money import format_amount
 
     address = context.address(receiver)
+    context.need_tokens(context.key.address, amount)
     title = f"send {format_amount(amount)} to {address}"
     context.transact(
         title,

@@ -20,18 +20,20 @@ def command(context: Context, model: Path | None) -> None:
     """Start devnet, engines, nodes, gateway and watchtower; print where they are. `poip down` stops them."""
     from poip_chain.cli.local.network import MODEL_NAME, LocalNetwork
     from poip_chain.cli.local.processes import running
+    from poip_chain.cli.local.pulse import Pulse
     from poip_chain.errors import Refused
 
     place = context.settings.data / "local"
     if running(place):
         raise Refused("the local network is running already.", hint="`poip down` stops it.")
     begin = time.monotonic()
-    local = LocalNetwork(place, lambda text: output.note(f"[{time.monotonic() - begin:5.0f} s] {text}"))
-    try:
-        local.start(context.settings.data / "models", model)
-    except BaseException:
-        local.supervisor.stop()
-        raise
+    with Pulse(lambda text: output.note(f"[{time.monotonic() - begin:5.0f} s] {text}")) as pulse:
+        local = LocalNetwork(place, pulse.tell)
+        try:
+            local.start(context.settings.data / "models", model)
+        except BaseException:
+            local.supervisor.stop()
+            raise
     data = {
         "rpc_url": local.rpc_url,
         "openai_base_url": f"{local.gateway_url}/v1",

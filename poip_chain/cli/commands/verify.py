@@ -15,6 +15,17 @@ from poip_chain.cli.context import HASH, Context, command_context
 from poip_chain.cli.main import EXIT_CHECK_FAILED
 from poip_chain.errors import InvalidInput
 
+WANTED = (
+    "Give an answer as it came, its `poip` field (in a stream: of the last chunk with a choice), a file of "
+    "`poip chat --save`, or the text of an x-poip-receipt header."
+)
+OTHER_FILES: tuple[tuple[frozenset[str], str], ...] = (
+    (frozenset({"schema", "contracts", "deployer"}), "a deployment file"),
+    (frozenset({"crypto", "version"}), "a key file"),
+    (frozenset({"batch", "record", "receipt_proof"}), "a watchtower's evidence file, which `poip audit run` reads"),
+    (frozenset({"choices"}), "an answer without a proof: it did not come through a gateway of this network"),
+)
+"""Fields that tell the network's other files."""
 MARKS = {"ok": "ok", "failed": "FAILED", "not checked": "-"}
 
 
@@ -52,6 +63,7 @@ def command(
     if model is not None and not model.is_dir():
         raise InvalidInput(f"there is no model directory {model}.", hint="`poip model prepare` makes one.")
     document = read_document(file)
+    proof = find_proof(document, file)
     given = _texts(document)
     expected = Expected(
         messages=_json(messages) if messages else given["messages"],
@@ -62,7 +74,7 @@ def command(
     )
     with context.chain:
         view = NetworkView(context.network)
-        report = verify_proof(find_proof(document), view, tokenizer_dir=model, expected=expected)
+        report = verify_proof(proof, view, tokenizer_dir=model, expected=expected)
 
     def text() -> None:
         output.table(["check", "result", "what"], [[c.name, MARKS[c.result], c.detail] for c in report.checks])
@@ -91,28 +103,49 @@ def read_document(file: Path) -> dict[str, Any]:
         with file.open("rb") as handle:
             raw = handle.read(MAX_PROOF_BYTES + 1)
     if len(raw) > MAX_PROOF_BYTES:
-        raise InvalidInput(f"{file} is larger than {MAX_PROOF_BYTES} bytes.")
+        raise InvalidInput(f"{file} is larger than {MAX_PROOF_BYTES} bytes: it is no answer and no proof.")
     raw = raw.strip()
     if raw and not raw.startswith(b"{"):
         try:
             raw = base64.b64decode(raw + b"=" * (-len(raw) % 4), altchars=b"-_", validate=True)
         except binascii.Error as error:
-            raise InvalidInput(f"{file} is neither JSON nor the text of an x-poip-receipt header.") from error
-    return parse_json_object(raw)
+            raise InvalidInput(
+                f"{file} is neither JSON nor the text of an x-poip-receipt header.", hint=WANTED
+            ) from error
+    try:
+        return parse_json_object(raw)
+    except InvalidInput as error:
+        raise InvalidInput(f"{file} is not the JSON of an answer or a proof: {error.message}", hint=WANTED) from error
 
 
-def find_proof(document: dict[str, Any]) -> Any:
-    """The proof within what `read_document` read. Raises InvalidInput."""
+def find_proof(document: dict[str, Any], file: Path) -> Any:
+    """The proof within what `read_document` read from `file`. Raises InvalidInput."""
+    from poip_chain.control.verify import REQUIRED
+
     if "receipt" in document:
-        return document
-    inner = document.get("poip")
-    proof = inner.get("proof") if isinstance(inner, dict) else document.get("proof")
-    if proof is None:
+        proof: Any = document
+    else:
+        inner = document.get("poip")
+        proof = inner.get("proof") if isinstance(inner, dict) else document.get("proof")
+    if not isinstance(proof, dict) or "receipt" not in proof:
         raise InvalidInput(
-            "there is no proof in this file.",
-            hint="The `poip` field of an answer, or of the last chunk with a choice of a streamed one, has it.",
+            f"{file} is not an answer with a proof, nor a proof: it has no `poip.proof` and no `receipt`.{_kind(document)}",
+            hint=WANTED,
+        )
+    if missing := sorted(REQUIRED - set(proof)):
+        raise InvalidInput(
+            f"{file} has a receipt, but is not a whole proof: {', '.join(missing)} missing.{_kind(document)}",
+            hint=WANTED,
         )
     return proof
+
+
+def _kind(document: dict[str, Any]) -> str:
+    """What a file of ours is, if it is another one; '' if it is none that we know."""
+    for fields, kind in OTHER_FILES:
+        if fields <= set(document):
+            return f" It looks like {kind}."
+    return ""
 
 
 def _texts(document: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """A whole network on this machine: devnet, contracts, engines, nodes, gateway, watchtower, each its own process.
 
 Used by `poip demo` and `poip up`. One of the nodes is a cheat on purpose: it serves degraded weights under the true
-model's name, hands over its first audited transcript and withholds later ones.
+model's name, hands over its first audited transcript and withholds later ones; accused, it contests to the last step.
+`start_liar` accuses an honest answer.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ OUTPUT_PRICE = 10**14
 CHEAT_PRICE_PERCENT = 90
 """The cheat undercuts the others: that is what serving a cheaper model is for."""
 ESCROW_PER_NODE = 50 * TOKEN
-BOND_BUDGET = 10 * TOKEN
+BOND_BUDGET = 25 * TOKEN
 BATCH_AGE = 5.0
-DEPLOYER, GATEWAY, WATCHTOWER, FIRST_OPERATOR = 0, 1, 2, 3
+DEPLOYER, GATEWAY, WATCHTOWER, FIRST_OPERATOR, LIAR = 0, 1, 2, 3, 6
 
 Tell = Callable[[str], None]
 
@@ -211,7 +212,9 @@ class LocalNetwork:
             "capacity": SEQUENCES,
             "batch_age": BATCH_AGE,
             "withdraw_threshold": 1,
-            "misbehave": "withhold_after=1" if node.degradation else "none",
+            "misbehave": "withhold_after=1,contest" if node.degradation else "none",
+            # In court the cheat, too, needs the model that it claims to serve.
+            "court": {"model": str(self.nodes[0].model)},
         }
         return self._configured(f"node-{node.name}", "poip_chain.service.node", settings, f"{node.url}/healthz")
 
@@ -246,6 +249,18 @@ class LocalNetwork:
         ]  # fmt: skip
         return Program("watchtower", [sys.executable, "-m", "poip_chain.cli", *arguments])
 
+    def start_liar(self, evidence: Path) -> None:
+        """Let somebody accuse the honest answer in an evidence file with invented numbers."""
+        create_development_key(self._keys / "liar.json", LIAR)
+        directory = self.directory / "liar"
+        directory.mkdir(exist_ok=True)
+        arguments = [
+            "--rpc", self.rpc_url, "--deployment", str(self.deployment_path), "--data", str(directory),
+            "--key", str(self._keys / "liar.json"), "--model", str(self.nodes[0].model), "--evidence", str(evidence),
+        ]  # fmt: skip
+        command = [sys.executable, "-m", "poip_chain.cli.local.liar", *arguments]
+        self.supervisor.start(Program("liar", command, ends=True))
+
     def _write_summary(self) -> None:
         summary = {
             "rpc_url": self.rpc_url,
@@ -263,9 +278,7 @@ def _coins(key: Key) -> Call:
 
 def _toml(value: object) -> str:
     if isinstance(value, list):
-        return (
-            "["
-            + ", ".join("{" + ", ".join(f"{k} = {_toml(v)}" for k, v in entry.items()) + "}" for entry in value)
-            + "]"
-        )
+        return "[" + ", ".join(_toml(entry) for entry in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + "}"
     return json.dumps(value)

@@ -27,7 +27,10 @@ LOG_TAIL_LINES = 15
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One process to run. It is ready when `ready_url` answers 200, `ready_port` accepts, or (neither) it has started."""
+    """One process to run. It is ready when `ready_url` answers 200, `ready_port` accepts, or (neither) it has started.
+
+    ends: it may end by itself, with code 0.
+    """
 
     name: str
     command: Sequence[str]
@@ -35,6 +38,7 @@ class Program:
     ready_port: int | None = None
     environment: dict[str, str] = field(default_factory=dict)
     ready_timeout: float = 60.0
+    ends: bool = False
 
 
 class Supervisor:
@@ -45,6 +49,8 @@ class Supervisor:
         self._state = directory / "processes.json"
         (directory / "logs").mkdir(parents=True, exist_ok=True)
         self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._may_end: set[str] = set()
+        self.peak_memory_bytes = 0
 
     def start(self, program: Program) -> None:
         """Start one program; `wait` tells when it is ready."""
@@ -58,6 +64,8 @@ class Supervisor:
                 start_new_session=True,
             )
         self._running[program.name] = process
+        if program.ends:
+            self._may_end.add(program.name)
         self._remember()
 
     def wait(self, programs: Sequence[Program], progress: Callable[[str, float], None]) -> None:
@@ -85,9 +93,11 @@ class Supervisor:
                 time.sleep(0.3)
 
     def check(self) -> None:
-        """Raises Unavailable if any program has died."""
+        """Measure the memory (`peak_memory_bytes`). Raises Unavailable if any program has died."""
+        self.peak_memory_bytes = max(self.peak_memory_bytes, self.memory_bytes())
         for name, process in self._running.items():
-            if process.poll() is not None:
+            code = process.poll()
+            if code is not None and not (code == 0 and name in self._may_end):
                 raise Unavailable(f"{name} ended with code {process.returncode}.", hint=self._log_hint(name))
 
     def stop(self) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from poip_chain.chain.keys import development_key
-from poip_chain.cli.local.network import GATEWAY, WATCHTOWER, LocalNetwork
+from poip_chain.cli.local.network import GATEWAY, LIAR, WATCHTOWER, LocalNetwork
 from poip_chain.economic.network import Network
 from poip_chain.errors import IntegrityError
 from poip_chain.spec.types import Address
@@ -39,6 +39,7 @@ def take(local: LocalNetwork, network: Network) -> dict[str, Holdings]:
     actors: dict[str, tuple[Address, Address | None]] = {
         "gateway (client)": (development_key(GATEWAY).address, None),
         "watchtower": (development_key(WATCHTOWER).address, None),
+        "liar": (development_key(LIAR).address, None),
         "treasury": (network.vault.treasury(), None),
     }
     for node in local.nodes:
@@ -50,13 +51,15 @@ def _holdings(network: Network, account: Address, node: Address | None, nodes: l
     info = None if node is None else network.registry.info(node)
     treasury = network.vault.treasury_due() if account == network.vault.treasury() else 0
     buckets = _buckets(network, account)
+    # What a node wins in court comes to the key that contested.
+    accounts = [account] if node is None else [account, node]
     return Holdings(
-        wallet=network.token.balance(account),
+        wallet=sum(map(network.token.balance, accounts)),
         stake=0 if info is None else info.active + info.unbonding,
         escrow=sum(network.vault.escrow(account, other).balance for other in nodes) + buckets,
         earned=(0 if node is None else network.vault.earned(node)) + treasury,
         rewards=network.registry.rewards(account),
-        credits=network.availability.claimable(account),
+        credits=sum(network.availability.claimable(a) + network.accusations.claimable(a) for a in accounts),
     )
 
 
@@ -100,6 +103,7 @@ def reconcile(network: Network, before: dict[str, Holdings], after: dict[str, Ho
     burned = supply_before - token.total_supply()
     rewards = sum(holdings.rewards for holdings in after.values())
     credits = sum(holdings.credits for holdings in after.values())
+    in_court = network.accusations
     pairs = {
         "changes of all actors + burned = 0": (
             sum(after[name].total - before[name].total for name in after) + burned,
@@ -110,7 +114,10 @@ def reconcile(network: Network, before: dict[str, Holdings], after: dict[str, Ho
             token.balance(registry.address),
         ),
         "escrow, buckets, earnings = vault's balance": (vault.total_held(), token.balance(vault.address)),
-        "credits = availability's balance (no bond stands)": (credits, token.balance(availability.address)),
+        "credits = balances of availability and court (no bond stands)": (
+            credits,
+            token.balance(availability.address) + token.balance(in_court.address),
+        ),
         "stake by node = total stake": (
             sum(holdings.stake for holdings in after.values()),
             registry.total_staked(),

@@ -1,24 +1,28 @@
 """What the demonstration does with a running local network, and when it is over.
 
 It asks real questions through the unmodified OpenAI SDK, then follows the chain until honest fees are final and
-withdrawn and the cheat has lost its stake, telling each event as it happens. Nothing is scripted beyond the questions
-and the cheat's habits: the cheat is found by the beacon's random selection.
+withdrawn, the cheat has lost its stake for what it withheld and, in court, for what it computed, and a liar its bond;
+telling each event as it happens. Nothing is scripted beyond the questions and the habits of cheat and liar: the cheat is
+found by the beacon's random selection.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
 
 from poip_chain.cli.local.network import MODEL_NAME, LocalNetwork, LocalNode
+from poip_chain.cli.local.pulse import QUIET_SECONDS, Pulse
+from poip_chain.cli.local.trials import Trials
 from poip_chain.economic.money import format_amount
 from poip_chain.economic.network import Network
 from poip_chain.economic.types import BatchStatus
 from poip_chain.errors import ConfigurationError, Unavailable
 from poip_chain.proof.store import AuditRow, open_store
+from poip_chain.spec.scores import Verdict
 
 QUESTIONS = (
     "What is a blockchain? Answer in two sentences.",
@@ -47,16 +51,17 @@ class Progress:
 
 
 class Scenario:
-    """One run over a started network. `tell` gets a line for each event."""
+    """One run over a started network. `pulse` gets a line for each event, and what is awaited between them."""
 
-    def __init__(self, local: LocalNetwork, network: Network, tell: Callable[[str], None], seconds: float) -> None:
+    def __init__(self, local: LocalNetwork, network: Network, pulse: Pulse, seconds: float) -> None:
         self._local = local
         self._network = network
-        self._tell = tell
+        self._pulse, self._tell = pulse, pulse.tell
         self._deadline = time.monotonic() + seconds
         self._progress = Progress()
         self._names = {node.node_key.address: node.name for node in local.nodes}
         self._start_block = network.deployment.block
+        self._trials = Trials(local, network, lambda key, text: self._once(self._progress.told, key, text), self._names)
 
     def run(self) -> None:
         """Ask, wait, tell. Raises Unavailable if the network does not get there in time."""
@@ -74,12 +79,15 @@ class Scenario:
                     hint=f"The logs are in {self._local.directory / 'logs'}.",
                 )
             self._tell_chain()
+            if self._pulse.quiet_for > QUIET_SECONDS / 2:
+                self._tell_awaited()
             if asked < MAX_QUESTIONS and self._traffic_needed():
                 self._ask(next(questions), stream=asked % 2 == 0)
                 asked += 1
             else:
                 time.sleep(POLL_SECONDS)
         self._tell_chain()
+        self._pulse.wait_for("")
 
     # questions
 
@@ -93,6 +101,7 @@ class Scenario:
             ) from error
         client = OpenAI(base_url=f"{self._local.gateway_url}/v1", api_key="demo", max_retries=0, timeout=120.0)
         messages: list[Any] = [{"role": "user", "content": question}]
+        self._pulse.wait_for(f'an answer to "{question}"')
         begin = time.monotonic()
         if stream:
             text = ""
@@ -168,7 +177,7 @@ class Scenario:
         if pending:
             ends.append(f"finality of batches {pending}")
         ends += [f"{node.name}'s withdrawal" for node in self._honest() if not self._withdrew(node)]
-        return ends
+        return ends + self._trials.open_ends()
 
     def _withdrew(self, node: LocalNode) -> bool:
         """Whether everything that the node has committed is final, collected, settled and paid out."""
@@ -194,6 +203,22 @@ class Scenario:
 
         return development_key(GATEWAY).address
 
+    def _tell_awaited(self) -> None:
+        """Have the pulse say where things stand, and when the last window of a pending batch ends."""
+        log = self._network.log
+        committed = [log.batch_of(event) for event in self._committed()]
+        states = {batch.id: log.status(batch.id) for batch in committed}
+        counts = [f"{sum(s is state for s in states.values())} {state.name.lower()}" for state in BatchStatus if state]
+        audits = [audit for node in self._local.nodes for _, audit in self._audits_of(node)]
+        done = sum(bool(audit.verdict) for audit in audits)
+        ends = [batch.window_end for batch in committed if states[batch.id] is BatchStatus.PENDING]
+        self._pulse.wait_for(
+            f"block {self._network.chain.block_number()}; {len(committed)} batches committed ({', '.join(counts)}), "
+            f"{done} of {len(audits)} audits done; open: {', '.join(self._open_ends())}",
+            seconds=max(ends) - self._network.chain.timestamp() if ends else None,
+            until="the last window ends",
+        )
+
     def _tell_chain(self) -> None:
         log, told = self._network.log, self._progress.told
         for event in self._committed():
@@ -201,11 +226,14 @@ class Scenario:
             self._once(
                 told,
                 f"commit {batch.id}",
-                f"batch {batch.id}: {self._names[batch.node]} commits {batch.count} receipts worth "
+                f"batch {batch.id}: {self._names[batch.node]} commits "
+                f"{batch.count} {'receipt' if batch.count == 1 else 'receipts'} worth "
                 f"{format_amount(batch.total_fee)}, {format_amount(batch.lock)} of its stake locked",
             )
         for event in log.events("BatchFinal", self._start_block):
-            self._once(told, f"final {event['batch_id']}", f"batch {event['batch_id']}: final, stake released")
+            number = event["batch_id"]
+            if f"final {number}" not in told:
+                self._once(told, f"final {number}", f"batch {number}: final, stake released{self._why_final(number)}")
         for event in log.events("BatchConvicted", self._start_block):
             self._once(
                 told,
@@ -213,6 +241,7 @@ class Scenario:
                 f"batch {event['batch_id']}: CONVICTED, {self._names[event['node']]} loses "
                 f"{format_amount(event['taken'])}, the watchtower gets {format_amount(event['paid'])}",
             )
+        self._trials.step()
         for node in self._local.nodes:
             for batch_id, audit in self._audits_of(node):
                 if audit.state == "challenged":
@@ -220,6 +249,13 @@ class Scenario:
                     self._once(told, f"challenge {batch_id} {audit.position}", f"{text} ({node.name})")
                 if audit.verdict:
                     self._once(told, f"audit {batch_id} {audit.position}", _audit_line(node, batch_id, audit))
+
+    def _why_final(self, batch_id: int) -> str:
+        """Why a batch is final in which an audit found fraud; '' for any other."""
+        found = (audit for node in self._local.nodes for number, audit in self._audits_of(node) if number == batch_id)
+        if not any(audit.verdict == Verdict.FRAUD for audit in found):
+            return ""
+        return " (an audit's verdict of fraud is evidence, not a judgement: what the court decides is told apart)"
 
     def _once(self, told: set[str], key: str, text: str) -> None:
         if key not in told:
