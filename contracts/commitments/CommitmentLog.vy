@@ -356,7 +356,8 @@ def raise_audit_rate(node: address):
 def set_judge(judge: address, allowed: bool):
     """
     @notice By the owner: name or remove a judge. Before `seal` at once; later a new judge acts only on batches that are
-            committed after unbonding_period + 2 * challenge_window. Removal counts at once.
+            committed after 2 * unbonding_period: one covers the longest case of a batch that locks stake now (Parameters
+            keeps it so), the other lets the stake leave. Removal counts at once.
     @param judge The judge contract.
     @param allowed Whether it shall be one.
     """
@@ -368,8 +369,7 @@ def set_judge(judge: address, allowed: bool):
     if allowed:
         start = block.timestamp
         if self.sealed:
-            start += staticcall IParameters(parameters).value(parameter_names.UNBONDING_PERIOD)
-            start += 2 * staticcall IParameters(parameters).value(parameter_names.CHALLENGE_WINDOW)
+            start += 2 * staticcall IParameters(parameters).value(parameter_names.UNBONDING_PERIOD)
     self.judge_active_from[judge] = convert(start, uint64)
     log JudgeSet(judge=judge, old_active_from=old, new_active_from=convert(start, uint64))
 

@@ -82,7 +82,8 @@ def seal():
 def set_slasher(slasher: address, allowed: bool):
     """
     @notice Name a slasher or dismiss one. Owner only. Before `seal` it is active at once; afterwards only after
-            unbonding_period + 2 * challenge_window, so that nobody's stake is seized under rules it could not leave.
+            2 * unbonding_period, so that nobody's stake is seized under rules it could not leave: stake that a batch
+            locks now is free after the batch's longest case, which Parameters keeps within one unbonding_period.
     """
     ownable._check_owner()
     assert slasher != empty(address), "registry: slasher is zero"
@@ -92,8 +93,7 @@ def set_slasher(slasher: address, allowed: bool):
     if allowed:
         active_at: uint256 = block.timestamp
         if self._wiring & SEALED != 0:
-            active_at += stakes._parameter(parameter_names.UNBONDING_PERIOD)
-            active_at += 2 * stakes._parameter(parameter_names.CHALLENGE_WINDOW)
+            active_at += 2 * stakes._parameter(parameter_names.UNBONDING_PERIOD)
         new_active_at = convert(active_at, uint64)
     self._slashers[slasher] = new_active_at
     log SlasherSet(slasher=slasher, old_active_at=old_active_at, new_active_at=new_active_at)

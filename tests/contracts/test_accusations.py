@@ -211,6 +211,36 @@ def test_what_an_answer_showed_late_can_be_accused(court: Court, honest: Telling
     assert court.resolve(id, batch)
 
 
+def test_the_longest_case_ends_within_what_the_parameters_cover(court: Court, honest: Telling) -> None:
+    """A challenge in the window's last second, answered in its last; an accusation in the last second of what that
+    extends, revealed and contested as late as may be, and both sides use up their time."""
+    committed, log, value = court.serve(), court.network.log, court.value
+    batch, judge = committed.batch, court.network.availability.address
+    longest = value("challenge_window") + 2 * value("response_window")
+    longest += value("reveal_window") + value("contest_window") + 2 * value("dispute_clock")
+    assert longest <= min(value("unbonding_period"), value("thaw_period"))
+    boa.env.time_travel(seconds=batch.window_end - 1 - system.now())
+    log.open_case(batch.values(), sender=judge)
+    boa.env.time_travel(seconds=value("response_window"))
+    log.extend_window(batch.values(), sender=judge)
+    log.close_case(batch.values(), sender=judge)
+    boa.env.time_travel(seconds=value("response_window") - 1)
+    claim = court.claim(committed, honest)
+    id = court.commit(batch, claim)
+    boa.env.time_travel(seconds=value("reveal_window"))
+    court.reveal(id, batch, claim)
+    boa.env.time_travel(seconds=value("contest_window"))
+    contest = court.contest(id)
+    boa.env.time_travel(seconds=value("dispute_clock"))
+    court.answer_for(contest, honest)
+    boa.env.time_travel(seconds=value("dispute_clock"))
+    refuses("court: a contest is open", lambda: court.end(id, batch.values()))
+    boa.env.time_travel(seconds=1)
+    court.settle(contest)
+    assert court.end(id, batch.values()) and log.status(batch.id) == CONVICTED
+    assert longest - 2 <= system.now() - batch.committed_at <= longest
+
+
 def test_a_bond_must_be_paid(court: Court, committed: Committed) -> None:
     poor = account("poor").address
     with boa.reverts():

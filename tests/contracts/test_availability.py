@@ -372,6 +372,48 @@ class TestLateAnswer:
         with boa.reverts("availability: window is over"):
             challenge(full_audit, committed, Part.PROMPT)
 
+    @settings(max_examples=12, deadline=None)
+    @given(plan=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=6), raised=st.booleans())
+    def test_no_pair_keeps_a_batch_open_longer(
+        self, network: Network, plan: list[tuple[float, float]], raised: bool
+    ) -> None:
+        """Challenger and node as one, with any challenges in the window and answers up to the deadline: two response
+        windows of the batch's revision, and no more."""
+        with boa.env.anchor():
+            network.set_value("audit_rate", 10**6)
+            network.give(CHALLENGER, 100 * POIP, network.availability)
+            committed = Server.start(network).serve_and_commit(CLIENT)
+            network.submit_beacon(committed.batch)
+            batch, response = committed.batch.values(), network.value("response_window")
+            if raised:
+                for name, value in (("unbonding_period", 10**6), ("thaw_period", 10**6), ("response_window", 10**5)):
+                    network.set_value(name, value)
+            opened, end = system.now(), committed.batch.window_end
+            moves: list[tuple[int, int, bool]] = []
+            for number, (start, pause) in enumerate(plan):
+                at = opened + int(start * (end - 1 - opened))
+                moves += [(at, number, False), (at + int(pause * response), number, True)]
+            ids: dict[int, int] = {}
+            before = committed.batch.window_end
+            for at, number, answers in sorted(moves, key=lambda move: (move[0], move[2])):
+                boa.env.time_travel(seconds=max(0, at - system.now()))
+                if answers:
+                    network.availability.answer(*answer_arguments(network, committed, ids[number]))
+                    now = network.log.window_end_of(batch)
+                    assert now == max(before, system.now() + response) <= end + 2 * response
+                    before = now
+                else:
+                    ids[number] = challenge(network, committed, Part.PROMPT, 8 * number)
+            assert network.log.open_cases(committed.batch.id) == 0
+            with boa.reverts("log: no open case"):
+                network.log.extend_window(batch, sender=network.availability.address)
+            boa.env.time_travel(seconds=max(0, before - 1 - system.now()))
+            with boa.reverts("log: window is still open"):
+                network.log.finalize([batch])
+            boa.env.time_travel(seconds=1)
+            network.log.finalize([batch])
+            assert network.log.status(committed.batch.id) == FINAL
+
     def test_an_early_answer_extends_nothing(self, full_audit: Network, server: Server) -> None:
         network = full_audit
         committed = server.serve_and_commit(CLIENT)

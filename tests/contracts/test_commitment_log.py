@@ -25,7 +25,7 @@ REASON = (26).to_bytes(32, "big")
 def open_judge(network: Network) -> None:
     """Make JUDGE an active judge of the batches that come now."""
     network.log.set_judge(JUDGE, True, sender=OWNER.address)
-    boa.env.time_travel(seconds=network.value("unbonding_period") + 2 * network.value("challenge_window"))
+    boa.env.time_travel(seconds=2 * network.value("unbonding_period"))
 
 
 class TestCommit:
@@ -303,7 +303,7 @@ class TestJudges:
     def test_a_new_judge_waits_until_stake_could_leave(self, network: Network, server: Server) -> None:
         old = server.serve_and_commit(CLIENT).batch
         network.log.set_judge(JUDGE, True, sender=OWNER.address)
-        wait = network.value("unbonding_period") + 2 * network.value("challenge_window")
+        wait = 2 * network.value("unbonding_period")
         assert network.log.judge_active_from(JUDGE) == system.now() + wait
         boa.env.time_travel(seconds=wait - 1)
         almost = server.serve_and_commit(CLIENT).batch
