@@ -15,10 +15,14 @@ from poip_chain.service.engine.model import prepare
 
 
 class Engines:
-    """A `Traces` for each directory, found by the weights_root of its model. Directories are read on first use."""
+    """A `Traces` for each directory, found by the weights_root of its model. Directories are read on first use.
 
-    def __init__(self, directories: Sequence[Path], threads: int = 1) -> None:
+    keep_open: the memory is never given back.
+    """
+
+    def __init__(self, directories: Sequence[Path], threads: int = 1, keep_open: bool = False) -> None:
         self._directories, self._threads = tuple(dict.fromkeys(directories)), threads
+        self._keep_open = keep_open
         self._lock = threading.RLock()
         self._by_root: dict[bytes, Traces] | None = None
         self._users: set[User] = set()
@@ -27,19 +31,29 @@ class Engines:
         """One of those who play."""
         return User(self)
 
+    def open_kept(self) -> None:
+        """Open what is to be kept open, once. Raises what `prepare` and `Traces` do."""
+        if self._keep_open:
+            with self._lock:
+                for root, traces in self._known().items():
+                    traces.weights(root)
+
     def traces(self, weights_root: bytes) -> Traces:
         """The engine for a model's registered weights_root. Raises NotFound, and what `prepare` does."""
         with self._lock:
-            if self._by_root is None:
-                found = {prepare(path).weights_root: path for path in self._directories}
-                self._by_root = {root: Traces(path, self._threads) for root, path in found.items()}
-            known = self._by_root.get(weights_root)
+            known = self._known().get(weights_root)
         if known is None:
             raise NotFound(
                 f"there is no copy of the model with weights_root 0x{weights_root.hex()} for canonical execution.",
                 hint="Name its directory under models, or as model in the section court, of the settings.",
             )
         return known
+
+    def _known(self) -> dict[bytes, Traces]:
+        if self._by_root is None:
+            found = {prepare(path).weights_root: path for path in self._directories}
+            self._by_root = {root: Traces(path, self._threads) for root, path in found.items()}
+        return self._by_root
 
     def take(self, user: User) -> None:
         """`user` plays."""
@@ -50,7 +64,7 @@ class Engines:
         """`user` plays no longer; after the last one the memory is free."""
         with self._lock:
             self._users.discard(user)
-            if not self._users:
+            if not self._users and not self._keep_open:
                 for traces in (self._by_root or {}).values():
                     traces.release()
 

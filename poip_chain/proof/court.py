@@ -87,12 +87,15 @@ class HeldAnswers:
 class Court:
     """One round of both sides at a time."""
 
-    def __init__(self, accuser: Accuser, contester: Contester | None, answers: HeldAnswers | None) -> None:
-        self.accuser, self.contester, self._answers = accuser, contester, answers
+    def __init__(
+        self, accuser: Accuser, contester: Contester | None, answers: HeldAnswers | None, engines: Engines
+    ) -> None:
+        self.accuser, self.contester, self._answers, self._engines = accuser, contester, answers, engines
         self._trouble: dict[str, str] = {}
 
     def step(self) -> Report:
         """One round. Raises Unavailable without a chain; other trouble is logged and comes up again."""
+        self._engines.open_kept()
         report = self.accuser.step()
         if self.contester is None or self._answers is None:
             return report
@@ -127,7 +130,8 @@ def open_court(
     except ConfigurationError:
         log.warning("nothing is accused: this deployment has no court")
         return None
-    engines, view = Engines(directories, settings.court.threads), CourtView(network)
+    engines = Engines(directories, settings.court.threads, settings.court.keep_open)
+    view = CourtView(network)
     hand: Hand | None = None
     contester, answers = None, None
     if settings.mode is Mode.DEFEND and outbox is not None:
@@ -138,4 +142,4 @@ def open_court(
         hand = Proposer(settings.data / "proposals", address_of(settings.key))
     players = engines.user()
     examiner = Examiner(settings, view, players, store, hand)
-    return Court(Accuser(settings, view, players, store, hand, examiner), contester, answers)
+    return Court(Accuser(settings, view, players, store, hand, examiner), contester, answers, engines)

@@ -17,7 +17,7 @@ import pytest
 
 from poip_chain.chain.outbox import Outbox
 from poip_chain.chain.rpc import Call
-from poip_chain.cli.local.liar import Liar
+from poip_chain.cli.local.liar import Liar, lying_traces
 from poip_chain.economic.clients.court import AccusationStatus, ContestOutcome
 from poip_chain.economic.types import BatchStatus
 from poip_chain.errors import ConfigurationError
@@ -247,7 +247,7 @@ def liar_of(world: AccuseWorld, folder: Path, evidence: Evidence, plays: bool) -
     world.world.chain.request("anvil_setBalance", key.address, hex(10**21))
     world.world.send(world.network.token.transfer(key.address, BOND))
     with Outbox(world.world.chain, key, folder / "liar" / "outbox.db") as outbox, open_store(folder / "liar") as store:
-        yield Liar(world.network, outbox, store, world.directory, evidence, plays)
+        yield Liar(world.network, outbox, store, lying_traces(world.directory), evidence, plays)
 
 
 @pytest.mark.parametrize("plays", [True, False], ids=["plays on", "silent"])

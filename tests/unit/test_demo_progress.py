@@ -87,7 +87,7 @@ class Stage(Scenario):
     def _ask(self, question: str, *, stream: bool) -> None:
         self._tell(f"asked {question}")
 
-    def _traffic_needed(self) -> bool:
+    def _traffic_needed(self, asked: int) -> bool:
         return False
 
     def _over(self) -> bool:
@@ -103,7 +103,7 @@ class Stage(Scenario):
 
 
 def stage(pulse: Pulse, monkeypatch: pytest.MonkeyPatch) -> Stage:
-    trials = SimpleNamespace(step=lambda: None, open_ends=lambda: [])
+    trials = SimpleNamespace(step=lambda: None, open_ends=lambda: [], busy=lambda: False)
     monkeypatch.setattr(scenario, "Trials", lambda *_: trials)
     monkeypatch.setattr(scenario, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(scenario, "QUIET_SECONDS", 0.02)

@@ -63,6 +63,9 @@ def database_of(context: Context) -> Path:
 @click.option(
     "--defence-budget", type=AMOUNT, help="Most that may stand in bonds against false accusations; default 0."
 )
+@click.option(
+    "--keep-open", is_flag=True, default=None, help="Keep the court's engine open: for networks with short windows."
+)
 @click.option("--poll-interval", type=float, help="Seconds between rounds; default 1.")
 @click.option("--confirmations", type=int, help="Blocks before a batch is believed; default 0.")
 @click.option(
@@ -75,6 +78,7 @@ def run(
     engines: tuple[str, ...],
     court: bool | None,
     defence_budget: int | None,
+    keep_open: bool | None,
     **flags: Any,
 ) -> None:
     """Run until stopped. Without --model or --engine everything but the computation is checked.
@@ -100,7 +104,8 @@ def run(
         "engine_urls": dict(entry.split("=", 1) for entry in engines) or None,
     }
     settings = load_section(WatchtowerSettings, "watchtower", context.config, {"data": context.settings.data, **given})
-    own = {name: value for name, value in (("enabled", court), ("defence_budget", defence_budget)) if value is not None}
+    given_court = {"enabled": court, "defence_budget": defence_budget, "keep_open": keep_open}
+    own = {name: value for name, value in given_court.items() if value is not None}
     in_court = settings.values.court.model_copy(update=own)
     app.run(settings.values.model_copy(update={"data": data_of(context), "court": in_court}))
 

@@ -2,7 +2,8 @@
 
 It takes the evidence file that a watchtower keeps of an audited answer, computes the answer's trace with one logit far too
 low, so that the answer seems to have lost against another token, and accuses with that. It then plays the accuser's part
-like an honest one until a step shows the logit, or says nothing (`--silent`) until its time is over.
+like an honest one until a step shows the logit, or says nothing (`--silent`) until its time is over. An evidence file that
+is not there yet is waited for, with the engine open: windows may be short.
 
     python -m poip_chain.cli.local.liar --rpc URL --deployment FILE --key KEYSTORE --data DIRECTORY --model DIRECTORY
         --evidence FILE [--silent]
@@ -15,7 +16,6 @@ import json
 import secrets
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from poip_chain.chain.deployment import Deployment
@@ -35,8 +35,15 @@ from poip_chain.service.court.sending import Sender
 from poip_chain.service.court.view import CourtView
 from poip_chain.spec.trace import Op
 
-BEYOND = 1024 << 16
-"""So far below the limit of a single margin is the false logit, in 2**-16: no honest answer's best token leads by that."""
+READY = "ready"
+"""A file in the data directory: the engine is open."""
+BEYOND = 4096 << 16
+"""By so much is a logit falsified, in 2**-16: far more than any limit of a margin."""
+
+
+def lying_traces(model: Path) -> LyingTraces:
+    """Traces over `model` in which the first output token seems to have lost by far."""
+    return LyingTraces(model, lambda _prompt, output: Lie(Op.LOGITS, 0, 0, output[0], -BEYOND))
 
 
 class Liar:
@@ -47,19 +54,16 @@ class Liar:
         network: Network,
         outbox: Outbox,
         store: WatchtowerStore,
-        model: Path,
+        traces: LyingTraces,
         evidence: Evidence,
         plays: bool = True,
     ) -> None:
         self._network, self._store, self._evidence, self._plays = network, store, evidence, plays
-        self._traces = LyingTraces(model, self._lie)
+        self._traces = traces
         self._view, self._sender = CourtView(network), Sender(outbox)
         self._bond = network.parameters.value_at("accusation_bond", evidence.batch.parameters_version)
         settings = WatchtowerSettings(rpc_url="", deployment=Path(), mode=Mode.DEFEND, bond_budget=self._bond)
         self._accuser = Accuser(settings, self._view, self._traces, store, self._sender, None)
-
-    def _lie(self, _prompt: Sequence[int], output: Sequence[int]) -> Lie:
-        return Lie(Op.LOGITS, 0, 0, output[0], -(self._evidence.profile.margin_hard_limit + BEYOND))
 
     def row(self) -> AccusationRow | None:
         """How its accusation stands."""
@@ -115,14 +119,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pause", type=float, default=1.0, help="seconds between rounds")
     given = parser.parse_args(arguments)
     try:
-        evidence, key = Evidence.read(given.evidence), load(given.key, password_from())
+        key, traces = load(given.key, password_from()), lying_traces(given.model)
+        traces.weights_root()
+        (given.data / READY).touch()
+        while not given.evidence.exists():
+            time.sleep(given.pause)
+        evidence = Evidence.read(given.evidence)
         with (
             Chain(given.rpc) as chain,
             open_store(given.data) as store,
             Outbox(chain, key, given.data / "outbox" / f"{key.address}.db") as outbox,
         ):
             network = Network(chain, Deployment.load(given.deployment))
-            liar = Liar(network, outbox, store, given.model, evidence, not given.silent)
+            liar = Liar(network, outbox, store, traces, evidence, not given.silent)
             while not liar.step():
                 time.sleep(given.pause)
             row = liar.row()

@@ -2,7 +2,7 @@
 
 Used by `poip demo` and `poip up`. One of the nodes is a cheat on purpose: it serves degraded weights under the true
 model's name, hands over its first audited transcript and withholds later ones; accused, it contests to the last step.
-`start_liar` accuses an honest answer.
+`start_liar` adds somebody who accuses an honest one.
 """
 
 from __future__ import annotations
@@ -61,6 +61,14 @@ class LocalNode:
     def url(self) -> str:
         """Where the node serves."""
         return f"http://127.0.0.1:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Liar:
+    """`ready` exists once its engine is open; it accuses the answer in the file `evidence` when that is there."""
+
+    ready: Path
+    evidence: Path
 
 
 class LocalNetwork:
@@ -245,21 +253,23 @@ class LocalNetwork:
         arguments = [
             "watch", "run", "--rpc", self.rpc_url, "--deployment", str(self.deployment_path),
             "--data", str(self.directory), "--key", str(self._keys / "watchtower.json"), "--mode", "defend",
-            "--model", str(true_model), "--bond-budget", f"{BOND_BUDGET} wei",
+            "--model", str(true_model), "--bond-budget", f"{BOND_BUDGET} wei", "--keep-open",
         ]  # fmt: skip
         return Program("watchtower", [sys.executable, "-m", "poip_chain.cli", *arguments])
 
-    def start_liar(self, evidence: Path) -> None:
-        """Let somebody accuse the honest answer in an evidence file with invented numbers."""
+    def start_liar(self) -> Liar:
+        """Start somebody who will accuse an honest answer with invented numbers."""
         create_development_key(self._keys / "liar.json", LIAR)
         directory = self.directory / "liar"
-        directory.mkdir(exist_ok=True)
+        directory.mkdir()
+        liar = Liar(directory / "ready", directory / "evidence.json")
         arguments = [
             "--rpc", self.rpc_url, "--deployment", str(self.deployment_path), "--data", str(directory),
-            "--key", str(self._keys / "liar.json"), "--model", str(self.nodes[0].model), "--evidence", str(evidence),
+            "--key", str(self._keys / "liar.json"), "--model", str(self.nodes[0].model), "--evidence", str(liar.evidence),
         ]  # fmt: skip
         command = [sys.executable, "-m", "poip_chain.cli.local.liar", *arguments]
         self.supervisor.start(Program("liar", command, ends=True))
+        return liar
 
     def _write_summary(self) -> None:
         summary = {

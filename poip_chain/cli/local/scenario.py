@@ -34,7 +34,8 @@ QUESTIONS = (
     "Why is the sky blue?",
     "What is the capital of France, and what is it known for?",
 )
-MAX_TOKENS = 48
+SAMPLING: dict[str, Any] = {"max_tokens": 48, "temperature": 0.7, "extra_body": {"ignore_eos": True}}
+"""Every answer of full length: of a very short one no audit can tell who computed it."""
 FIRST_QUESTIONS = 8
 MAX_QUESTIONS = 60
 ENOUGH_FOR_THE_CHEAT = 2
@@ -67,10 +68,6 @@ class Scenario:
         """Ask, wait, tell. Raises Unavailable if the network does not get there in time."""
         questions = cycle(QUESTIONS)
         asked = 0
-        for _ in range(FIRST_QUESTIONS):
-            self._ask(next(questions), stream=asked % 2 == 0)
-            self._tell_chain()
-            asked += 1
         while not self._over():
             self._local.supervisor.check()
             if time.monotonic() > self._deadline:
@@ -81,7 +78,7 @@ class Scenario:
             self._tell_chain()
             if self._pulse.quiet_for > QUIET_SECONDS / 2:
                 self._tell_awaited()
-            if asked < MAX_QUESTIONS and self._traffic_needed():
+            if asked < MAX_QUESTIONS and not self._trials.busy() and self._traffic_needed(asked):
                 self._ask(next(questions), stream=asked % 2 == 0)
                 asked += 1
             else:
@@ -106,15 +103,11 @@ class Scenario:
         if stream:
             text = ""
             extra: dict[str, Any] = {}
-            for chunk in client.chat.completions.create(
-                model=MODEL_NAME, messages=messages, max_tokens=MAX_TOKENS, temperature=0.7, stream=True
-            ):
+            for chunk in client.chat.completions.create(model=MODEL_NAME, messages=messages, **SAMPLING, stream=True):
                 text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
                 extra = (chunk.model_extra or {}).get("poip") or extra
         else:
-            answer = client.chat.completions.create(
-                model=MODEL_NAME, messages=messages, max_tokens=MAX_TOKENS, temperature=0.7
-            )
+            answer = client.chat.completions.create(model=MODEL_NAME, messages=messages, **SAMPLING)
             text, extra = answer.choices[0].message.content or "", (answer.model_extra or {}).get("poip") or {}
         receipt = extra["proof"]["receipt"]
         name = self._names.get(receipt["node"], receipt["node"])
@@ -127,8 +120,11 @@ class Scenario:
             f"fee {format_amount(int(receipt['fee']))}{', streamed' if stream else ''}"
         )
 
-    def _traffic_needed(self) -> bool:
-        """Whether the cheat has too few batches, or an honest node has none: then more questions are asked."""
+    def _traffic_needed(self, asked: int) -> bool:
+        """Whether the cheat has too few batches, or an honest node none to live by or to be accused of: then more
+        questions are asked."""
+        if asked < FIRST_QUESTIONS or self._trials.wants_an_honest_answer():
+            return True
         committed = {name: 0 for name in self._names.values()}
         for event in self._committed():
             committed[self._names[event["node"]]] += 1
@@ -158,7 +154,9 @@ class Scenario:
                 yield audit.batch_id, audit
 
     def _convicted(self, node: LocalNode) -> bool:
-        return bool(self._network.log.events("BatchConvicted", self._start_block, topics=[None, _topic(node)]))
+        """Whether it was, for withholding."""
+        found = self._network.log.events("BatchConvicted", self._start_block, topics=[None, _topic(node)])
+        return any(event["judge"] == self._network.availability.address for event in found)
 
     def _over(self) -> bool:
         return not self._open_ends()
@@ -238,7 +236,8 @@ class Scenario:
             self._once(
                 told,
                 f"convicted {event['batch_id']}",
-                f"batch {event['batch_id']}: CONVICTED, {self._names[event['node']]} loses "
+                f"batch {event['batch_id']}: CONVICTED for {self._fault(event['judge'])}, "
+                f"{self._names[event['node']]} loses "
                 f"{format_amount(event['taken'])}, the watchtower gets {format_amount(event['paid'])}",
             )
         self._trials.step()
@@ -249,6 +248,9 @@ class Scenario:
                     self._once(told, f"challenge {batch_id} {audit.position}", f"{text} ({node.name})")
                 if audit.verdict:
                     self._once(told, f"audit {batch_id} {audit.position}", _audit_line(node, batch_id, audit))
+
+    def _fault(self, judge: Any) -> str:
+        return "withholding" if judge == self._network.availability.address else "wrong computation"
 
     def _why_final(self, batch_id: int) -> str:
         """Why a batch is final in which an audit found fraud; '' for any other."""

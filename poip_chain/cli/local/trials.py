@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from poip_chain.chain.keys import development_key
-from poip_chain.cli.local.network import LIAR, WATCHTOWER, LocalNetwork
+from poip_chain.cli.local.network import LIAR, WATCHTOWER, Liar, LocalNetwork
 from poip_chain.economic.clients.court import AccusationStatus, ContestOutcome
 from poip_chain.economic.money import format_amount
 from poip_chain.economic.network import Network
@@ -19,7 +19,7 @@ from poip_chain.service.court.view import Accusation, Contest, CourtView, Record
 from poip_chain.spec.scores import Verdict
 from poip_chain.spec.types import Address
 
-LIAR_NEEDS = 10
+LIAR_NEEDS = 15
 """Seconds of a batch's window that must be left for the liar to compute its false trace and commit to it."""
 BY_STEP = 1
 ENDINGS = {
@@ -45,15 +45,20 @@ class Trials:
             development_key(LIAR).address: "liar",
         }
         self._cheat = next(node.node_key.address for node in local.nodes if node.degradation)
+        self._liar: Liar | None = None
         self._liar_at_work = False
+        self._contested: set[str] = set()
         self._over: dict[int, tuple[str, AccusationStatus, bool]] = {}
 
     def step(self) -> None:
         """Start the liar when there is something to lie about; tell what is new."""
-        if not self._liar_at_work and (evidence := self._honest_evidence()) is not None:
+        if self._cheat_is_judged() and self._liar is None:
+            self._liar = self._local.start_liar()
+        liar = self._waiting_liar()
+        if liar is not None and (evidence := self._honest_evidence()) is not None:
             self._liar_at_work = True
             self._tell("liar", f"a liar accuses an honest answer with invented numbers ({evidence.stem})")
-            self._local.start_liar(evidence)
+            liar.evidence.hardlink_to(evidence)
         for accusation in self._view.accusations(from_block=self._network.deployment.block):
             if accusation.id not in self._over:
                 self._follow(accusation)
@@ -62,14 +67,36 @@ class Trials:
             with self._local.outbox(development_key(LIAR + 1)) as outbox:
                 outbox.execute(self._network.accusations.burn(), "burn")
 
+    def busy(self) -> bool:
+        """Whether somebody computes a trace against the clock: then nothing else is asked of this machine."""
+        if self._liar_at_work:
+            return "liar" not in self._contested and "liar" not in {accuser for accuser, *_ in self._over.values()}
+        return self._found_false() and "watchtower" not in self._contested and not self._cheat_is_judged()
+
+    def wants_an_honest_answer(self) -> bool:
+        """Whether the liar waits for one to accuse."""
+        return self._waiting_liar() is not None
+
     def open_ends(self) -> list[str]:
         """What still has to happen."""
         ends = []
-        if ("watchtower", AccusationStatus.STOOD, True) not in self._over.values():
+        if not self._cheat_is_judged():
             ends.append("the cheat's conviction for wrong computation, contested to the last step")
         if ("liar", AccusationStatus.LOST, True) not in self._over.values():
             ends.append("the liar's loss of its bond")
         return ends
+
+    def _waiting_liar(self) -> Liar | None:
+        ready = self._liar is not None and self._liar.ready.exists()
+        return self._liar if ready and not self._liar_at_work else None
+
+    def _cheat_is_judged(self) -> bool:
+        return ("watchtower", AccusationStatus.STOOD, True) in self._over.values()
+
+    def _found_false(self) -> bool:
+        with open_store(self._local.directory / "watchtower") as store:
+            pending = {row.batch.id for row in store.batches() if row.status == "pending"}
+            return any(audit.verdict == Verdict.FRAUD and audit.batch_id in pending for audit in store.audits())
 
     def _honest_evidence(self) -> Path | None:
         """Evidence of an honest answer in a batch whose window lasts long enough."""
@@ -100,10 +127,12 @@ class Trials:
         points = len(accused.margins) + len(accused.fingerprints)
         self._tell(
             f"revealed {accusation.id}",
-            f"{what}: receipt {accused.index}, {points} logits that convict if they are true; the contract scored them",
+            f"{what}: receipt {accused.index}; the contract scored {points} {'logit' if points == 1 else 'logits'} of its "
+            "trace, which convict if they are true",
         )
         record = self._view.record(accusation.id)
         for contest in record.contests:
+            self._contested.add(accuser)
             self._contest(what, contest, record)
         self._ended(accusation, accuser, what, record)
 

@@ -15,6 +15,8 @@ class CourtSettings(BaseModel):
     enabled: bool = Field(True, description="contest false accusations; needs `model`")
     model: Path | None = Field(None, description="directory of the model, for canonical execution; its memory is used "
                                "only while there is an accusation to look at")  # fmt: skip
+    keep_open: bool = Field(False, description="open the canonical engine at the start and keep its memory: saves "
+                            "seconds before each accusation, for networks with short windows (watchtower)")  # fmt: skip
     threads: int = Field(1, ge=1, le=256, description="threads of canonical execution")
     defence_budget: int = Field(
         0, ge=0, description="most that may stand in bonds of contests at one time, beside a node's free ones"
