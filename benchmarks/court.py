@@ -45,7 +45,10 @@ from tests.vectors.generate_canonical import SMOLLM
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT, OUTPUT = 449, 64
 """512 positions."""
-POINTS = 16
+POINTS = (16, 0)
+"""Margin and fingerprint points of the accusation that is contested."""
+ACCUSATIONS = ((1, 0), (4, 0), POINTS, (0, 16))
+"""Of those that nobody contests."""
 DISPUTE_GOAL, MOVES_GOAL, MOVE_GOAL, UNCONTESTED_GOAL = 1_600_000, 14, 2_000_000, 400_000
 BATCH_SIZE = 64
 TERMS_BYTES = 29 * 32
@@ -126,9 +129,9 @@ class Dispute:
         return sum(move.gas for move in self.moves)
 
     @property
-    def uncontested(self) -> int:
-        """Gas of commitment, reveal and conviction alone."""
-        return sum(move.gas for move in self.moves if move.name in ("commit", "accuse", "resolve"))
+    def account(self) -> str:
+        """Each move and its gas."""
+        return " + ".join(f"{move.name} {move.gas:,}" for move in self.moves)
 
 
 @dataclass
@@ -193,7 +196,7 @@ def _with(leaf: bytes, wide: bool, element: int, value: int) -> bytes:
 class _CourtBench(_Bench):
     """The whole system with the court, one node with one batch, an accuser and a contester with tokens."""
 
-    def __init__(self, case: _Case, points: int = POINTS) -> None:
+    def __init__(self, case: _Case, points: tuple[int, int] = POINTS) -> None:
         self.case, self.points = case, points
         self.chain = Devnet(DevnetConfig(block_time=None, automine=True))
         self.owner, self.node, self.peer, self.accuser, self.contester = (
@@ -243,14 +246,17 @@ class _CourtBench(_Bench):
         return logs
 
     def accuse(self) -> None:
-        """A batch, and the accusation of one of its receipts with margins over the whole output."""
+        """A batch, and the accusation of one of its receipts with points over the whole output."""
         # The court's daily state: it holds something already.
         answer, receipts = self._answer()
         hashes = [receipt.struct_hash() for receipt in receipts]
         self.batch = self._commit_batch(receipts, 0)
         transcript, request, params, receipt = answer
-        step = OUTPUT // self.points
-        points = Points(tuple(Point(step * i, 17 * i, 900_000 + i, 100_000 + i) for i in range(self.points)))
+        margins, fingerprints = (
+            tuple(Point(OUTPUT // many * i, token * i, 900_000 + i, 100_000 + i) for i in range(many))
+            for many, token in zip(self.points, (17, 1), strict=True)
+        )
+        points = Points(margins, fingerprints)
         root = self.case.trace.node(self.case.trace.shape.height, 0)
         proof = merkle_proof(hashes, [receipt.seq])
         claim = Claim.of(receipt, receipt.seq, proof, request, params, transcript, root, points)
@@ -272,7 +278,7 @@ class _CourtBench(_Bench):
         # The terms stand second in the event; their last word is the end of the contest window.
         end = int.from_bytes(logs[-1].data[TERMS_BYTES : TERMS_BYTES + 32], "big")
         self.terms = (
-            self._address(self.node), trace, layout.config.values(), layout.count, self.points,
+            self._address(self.node), trace, layout.config.values(), layout.count, sum(self.points),
             points.points_hash(), *bonds, end,
         )  # fmt: skip
 
@@ -375,8 +381,23 @@ def measure(config: ModelConfig = SMOLLM) -> list[Dispute]:
     return found
 
 
+def uncontested(config: ModelConfig = SMOLLM) -> list[Dispute]:
+    """Accusations that nobody contests, by their points: committed, revealed and scored, resolved with a conviction."""
+    layout = Layout(config, PROMPT, OUTPUT)
+    case, found = _case(layout, next(cases(layout))[1]), []
+    for points in ACCUSATIONS:
+        bench = _CourtBench(case, points)
+        bench.dispute.kind = " and ".join(
+            f"{many} {kind} points" for many, kind in zip(points, ("margin", "fingerprint"), strict=True) if many
+        )
+        bench.accuse()
+        bench.resolve()
+        found.append(bench.dispute)
+    return found
+
+
 def run() -> list[Row]:
-    """One row for each kind of dispute, one for the reveal of an accusation, one for the dearest move."""
+    """One row for each kind of dispute, one for each uncontested accusation, one for the dearest move."""
     rows, disputes = [], measure()
     for dispute in disputes:
         rows.append(
@@ -391,10 +412,12 @@ def run() -> list[Row]:
             )
         )
     moves = [move for dispute in disputes for move in dispute.moves]
-    accuse = max(move.gas for move in moves if move.name == "accuse")
     dearest = max(moves, key=lambda move: move.gas)
     for what, gas, how, limit in (
-        (f"gas of an accusation's reveal, {POINTS} points", accuse, "scoring included", UNCONTESTED_GOAL),
+        *(
+            (f"gas of an uncontested accusation, {one.kind}", one.total, one.account, UNCONTESTED_GOAL)
+            for one in uncontested()
+        ),
         ("gas of the dearest move of a dispute", dearest.gas, dearest.name, MOVE_GOAL),
     ):
         rows.append(Row(what, gas, "gas", f"{how}, py-evm", f"goal {limit:,}", gas / limit, f"< {limit:,}"))
@@ -402,7 +425,7 @@ def run() -> list[Row]:
 
 
 if __name__ == "__main__":
-    for dispute in measure():
-        print(f"{dispute.kind}: {dispute.total:,} gas in {len(dispute.moves)}, uncontested {dispute.uncontested:,}")
+    for dispute in (*uncontested(), *measure()):
+        print(f"{dispute.kind}: {dispute.total:,} gas in {len(dispute.moves)}")
         for move in dispute.moves:
             print(f"    {move.name:14} {move.side:10} {move.gas:9,} {move.calldata:7,}")

@@ -257,8 +257,8 @@ def accuse(
     assert self._digests[id] == keccak256(concat(commitment, objects._batch_hash(batch))), "court: not what was committed"
     scored: IScoring.Scored = staticcall IScoring(scoring).score(batch, claim)
     assert scored.convicts, "court: the points do not convict"
-    spec: IModelRegistry.ModelSpec = staticcall IModelRegistry(models).model_spec(scored.model_id)
-    assert keccak256(abi_encode(config)) == spec.config_hash, "court: not the model's dimensions"
+    config_hash: bytes32 = staticcall IModelRegistry(models).config_hash(scored.model_id)
+    assert keccak256(abi_encode(config)) == config_hash, "court: not the model's dimensions"
 
     prompt_tokens: uint256 = convert(scored.prompt_tokens, uint256)
     output_tokens: uint256 = convert(scored.output_tokens, uint256)
@@ -268,7 +268,7 @@ def accuse(
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
             trace_root=claim.trace_root,
-            weights_root=spec.weights_root,
+            weights_root=scored.weights_root,
             prompt_root=scored.prompt_root,
             output_root=scored.output_root,
         ),

@@ -88,11 +88,12 @@ def score(batch: objects.Batch, claim: IScoring.Claim) -> IScoring.Scored:
     temperature: int256 = convert(claim.params.temperature_milli, int256)
     if len(claim.margins) != 0:
         assert objects._params_hash(claim.params) == claim.request.params_hash, "scoring: not the request's parameters"
-    profile: IModelRegistry.Profile = staticcall IModelRegistry(models).profile(batch.model_id, batch.profile_version)
-    spec: IModelRegistry.ModelSpec = staticcall IModelRegistry(models).model_spec(batch.model_id)
+    limits: IModelRegistry.Limits = staticcall IModelRegistry(models).limits(
+        batch.model_id, batch.profile_version, claim.receipt.output_tokens
+    )
 
     tokens: uint256 = convert(claim.receipt.output_tokens, uint256)
-    vocabulary: uint256 = convert(profile.vocab_size, uint256)
+    vocabulary: uint256 = convert(limits.vocab_size, uint256)
     seed: bytes32 = noise._seed(claim.request.client_seed)
     scored: IScoring.Scored = IScoring.Scored(
         convicts=False,
@@ -104,7 +105,7 @@ def score(batch: objects.Batch, claim: IScoring.Claim) -> IScoring.Scored:
         output_tokens=claim.receipt.output_tokens,
         prompt_root=claim.request.prompt_root,
         output_root=claim.roots.output_root,
-        weights_root=spec.weights_root,
+        weights_root=limits.weights_root,
     )
 
     # All points in order of position, so that the leaves that hold them are met in order, too.
@@ -157,7 +158,7 @@ def score(batch: objects.Batch, claim: IScoring.Claim) -> IScoring.Scored:
             if best > 0:
                 margin: uint256 = convert(best, uint256) // 1000
                 scored.margin_max = max(scored.margin_max, margin)
-                dead_zone: uint256 = convert(profile.margin_dead_zone, uint256)
+                dead_zone: uint256 = convert(limits.margin_dead_zone, uint256)
                 scored.margin_sum += max(margin, dead_zone) - dead_zone
         else:
             order: uint256 = (position << 32) | token
@@ -178,8 +179,8 @@ def score(batch: objects.Batch, claim: IScoring.Claim) -> IScoring.Scored:
                 token,
                 convert(point.logit, int256) - convert(point.claimed_logit, int256),
                 token == claimed,
-                convert(profile.fingerprint_dead_zone, int256),
-                convert(profile.fingerprint_tolerance, int256),
+                convert(limits.fingerprint_dead_zone, int256),
+                convert(limits.fingerprint_tolerance, int256),
             )
 
     used: uint256 = 0
@@ -194,11 +195,11 @@ def score(batch: objects.Batch, claim: IScoring.Claim) -> IScoring.Scored:
         assert root == claim.roots.fingerprint_root, "scoring: fingerprint leaves are not the transcript's"
     assert used == len(claim.proof), "scoring: proof is too long"
 
-    scored.convicts = scored.margin_max > convert(profile.margin_hard_limit, uint256)
+    scored.convicts = scored.margin_max > convert(limits.margin_hard_limit, uint256)
     if not scored.convicts:
-        scored.convicts = self._exceeds(scored.margin_sum, profile.margin_table, tokens)
+        scored.convicts = self._exceeds(scored.margin_sum, limits.margin_row, tokens)
     if not scored.convicts:
-        scored.convicts = self._exceeds(scored.fingerprint_sum, profile.fingerprint_table, tokens)
+        scored.convicts = self._exceeds(scored.fingerprint_sum, limits.fingerprint_row, tokens)
     return scored
 
 
@@ -264,18 +265,12 @@ def _positive(x: int256) -> uint256:
 
 @internal
 @pure
-def _exceeds(total: uint256, table: DynArray[IModelRegistry.ThresholdRow, 8], tokens: uint256) -> bool:
+def _exceeds(total: uint256, row: IModelRegistry.ThresholdRow, tokens: uint256) -> bool:
     """
-    @dev Whether a sum is above the limit for so many tokens. Below the table's first length there is none.
+    @dev Whether a sum is above the limit for so many tokens. A row of no tokens says nothing about answers, and is none.
     """
-    length: uint256 = 0
-    limit: uint256 = 0
-    for row: IModelRegistry.ThresholdRow in table:
-        if convert(row.tokens, uint256) <= tokens:
-            length = convert(row.tokens, uint256)
-            limit = convert(row.limit, uint256)
-    # A row of no tokens says nothing about answers, and is none.
-    return length != 0 and total > (limit * tokens + length - 1) // length
+    length: uint256 = convert(row.tokens, uint256)
+    return length != 0 and total > (convert(row.limit, uint256) * tokens + length - 1) // length
 
 
 @internal

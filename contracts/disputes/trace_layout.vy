@@ -176,41 +176,100 @@ def _layout(config: IModelRegistry.ModelConfig, prompt_tokens: uint256, output_t
     stats: uint256 = (d.hidden + STAT_COLUMNS - 1) // STAT_COLUMNS
     q_rows: uint256 = t * d.heads
     k_rows: uint256 = t * d.kv_heads
+    queries: uint256 = d.heads * d.head_dim
     values: uint256 = d.kv_heads * d.head_dim
-    rows: uint256[24] = [
-        t,
-        t, t, t,
-        q_rows, k_rows, values, q_rows * d.qk_norm, k_rows * d.qk_norm, q_rows, k_rows,
-        t, t,
-        t, t, t,
-        t, t, t, t,
-        n, n, n, n,
-    ]
     layout.columns = [
         d.hidden,
         stats, stats, d.hidden,
         d.head_dim, d.head_dim, t, d.head_dim, d.head_dim, d.head_dim, d.head_dim,
-        d.heads * d.head_dim, d.hidden,
+        queries, d.hidden,
         stats, stats, d.hidden,
         d.intermediate, d.intermediate, d.intermediate, d.hidden,
         stats, stats, d.hidden, d.vocabulary,
     ]
+    # Leaves of a row: 16 elements in one of the wide tensors, 32 in the others.
+    stream: uint256 = (d.hidden + 15) >> 4
+    stat: uint256 = (stats + 15) >> 4
+    norm: uint256 = (d.hidden + 31) >> 5
+    head: uint256 = (d.head_dim + 31) >> 5
+    inner: uint256 = (d.intermediate + 31) >> 5
+    columns: uint256 = (t + 31) >> 5
+    attention: uint256 = (queries + 31) >> 5
+    vocabulary: uint256 = (d.vocabulary + 31) >> 5
+    layout.row_leaves = [
+        stream,
+        stat, stat, norm,
+        head, head, columns, head, head, head, head,
+        attention, stream,
+        stat, stat, norm,
+        inner, inner, inner, stream,
+        stat, stat, norm, vocabulary,
+    ]
+    # Nothing here nor below exceeds 2**80: `_dimensions` bounds every factor.
+    layout.leaves = [
+        t * stream,
+        t * stat, t * stat, t * norm,
+        q_rows * head, k_rows * head, values * columns, q_rows * d.qk_norm * head, k_rows * d.qk_norm * head,
+        q_rows * head, k_rows * head,
+        t * attention, t * stream,
+        t * stat, t * stat, t * norm,
+        t * inner, t * inner, t * inner, t * stream,
+        n * stat, n * stat, n * norm, n * vocabulary,
+    ]
+    # One after the other. Written out, since a loop with its checks of bounds costs twice as much as all of the rest.
     start: uint256 = 0
-    for op: uint256 in range(OPS):
-        if op == INPUT_MAX:
-            layout.embed_leaves = start
-            start = 0
-        elif op == FINAL_MAX:
-            layout.layer_leaves = start
-            start = layout.embed_leaves + d.layers * layout.layer_leaves
-        # 32 or 16 elements in a leaf. Nothing here exceeds 2**80: `_dimensions` bounds every factor.
-        wide: uint256 = (_WIDE >> op) & 1
-        row_leaves: uint256 = unsafe_add(layout.columns[op], 31 >> wide) >> unsafe_sub(5, wide)
-        leaves: uint256 = unsafe_mul(rows[op], row_leaves)
-        layout.row_leaves[op] = row_leaves
-        layout.leaves[op] = leaves
-        layout.starts[op] = start
-        start = unsafe_add(start, leaves)
+    layout.starts[EMBED] = start
+    start = unsafe_add(start, layout.leaves[EMBED])
+    layout.embed_leaves = start
+    start = 0
+    layout.starts[INPUT_MAX] = start
+    start = unsafe_add(start, layout.leaves[INPUT_MAX])
+    layout.starts[INPUT_SUM] = start
+    start = unsafe_add(start, layout.leaves[INPUT_SUM])
+    layout.starts[INPUT_NORM] = start
+    start = unsafe_add(start, layout.leaves[INPUT_NORM])
+    layout.starts[Q] = start
+    start = unsafe_add(start, layout.leaves[Q])
+    layout.starts[K] = start
+    start = unsafe_add(start, layout.leaves[K])
+    layout.starts[V] = start
+    start = unsafe_add(start, layout.leaves[V])
+    layout.starts[Q_NORM] = start
+    start = unsafe_add(start, layout.leaves[Q_NORM])
+    layout.starts[K_NORM] = start
+    start = unsafe_add(start, layout.leaves[K_NORM])
+    layout.starts[Q_ROPE] = start
+    start = unsafe_add(start, layout.leaves[Q_ROPE])
+    layout.starts[K_ROPE] = start
+    start = unsafe_add(start, layout.leaves[K_ROPE])
+    layout.starts[ATTENTION] = start
+    start = unsafe_add(start, layout.leaves[ATTENTION])
+    layout.starts[MIDDLE] = start
+    start = unsafe_add(start, layout.leaves[MIDDLE])
+    layout.starts[POST_MAX] = start
+    start = unsafe_add(start, layout.leaves[POST_MAX])
+    layout.starts[POST_SUM] = start
+    start = unsafe_add(start, layout.leaves[POST_SUM])
+    layout.starts[POST_NORM] = start
+    start = unsafe_add(start, layout.leaves[POST_NORM])
+    layout.starts[GATE] = start
+    start = unsafe_add(start, layout.leaves[GATE])
+    layout.starts[UP] = start
+    start = unsafe_add(start, layout.leaves[UP])
+    layout.starts[HIDDEN] = start
+    start = unsafe_add(start, layout.leaves[HIDDEN])
+    layout.starts[OUTPUT] = start
+    start = unsafe_add(start, layout.leaves[OUTPUT])
+    layout.layer_leaves = start
+    start = layout.embed_leaves + d.layers * start
+    layout.starts[FINAL_MAX] = start
+    start = unsafe_add(start, layout.leaves[FINAL_MAX])
+    layout.starts[FINAL_SUM] = start
+    start = unsafe_add(start, layout.leaves[FINAL_SUM])
+    layout.starts[FINAL_NORM] = start
+    start = unsafe_add(start, layout.leaves[FINAL_NORM])
+    layout.starts[LOGITS] = start
+    start = unsafe_add(start, layout.leaves[LOGITS])
     layout.count = start
     assert start <= _MAX_LEAVES, "referee: trace has too many leaves"
     return layout

@@ -203,10 +203,58 @@ def profile(model_id: bytes32, profile_version: uint32) -> IModelRegistry.Profil
     """
     @notice One profile of a model. Reverts if it does not exist.
     """
-    number: uint256 = convert(profile_version, uint256)
-    count: uint256 = (self._known(model_id) >> COUNT_SHIFT) & COUNT_MASK
-    assert 0 < number and number <= count, "models: unknown profile"
+    self._check_known(model_id, profile_version)
     return self._profiles[model_id][profile_version]
+
+
+@external
+@view
+def limits(model_id: bytes32, profile_version: uint32, output_tokens: uint32) -> IModelRegistry.Limits:
+    """
+    @notice Of a profile only what an answer of `output_tokens` is scored against: a third of the reads of all of it.
+            Reverts if the profile does not exist.
+    """
+    self._check_known(model_id, profile_version)
+    margin_row: IModelRegistry.ThresholdRow = empty(IModelRegistry.ThresholdRow)
+    rows: uint256 = 0
+    for i: uint256 in range(len(self._profiles[model_id][profile_version].margin_table), bound=8):
+        tokens: uint32 = self._profiles[model_id][profile_version].margin_table[i].tokens
+        if tokens > output_tokens:
+            break
+        margin_row.tokens = tokens
+        rows = i + 1
+    if rows != 0:
+        margin_row.limit = self._profiles[model_id][profile_version].margin_table[rows - 1].limit
+    fingerprint_row: IModelRegistry.ThresholdRow = empty(IModelRegistry.ThresholdRow)
+    rows = 0
+    for i: uint256 in range(len(self._profiles[model_id][profile_version].fingerprint_table), bound=8):
+        tokens: uint32 = self._profiles[model_id][profile_version].fingerprint_table[i].tokens
+        if tokens > output_tokens:
+            break
+        fingerprint_row.tokens = tokens
+        rows = i + 1
+    if rows != 0:
+        fingerprint_row.limit = self._profiles[model_id][profile_version].fingerprint_table[rows - 1].limit
+    return IModelRegistry.Limits(
+        vocab_size=self._profiles[model_id][profile_version].vocab_size,
+        margin_dead_zone=self._profiles[model_id][profile_version].margin_dead_zone,
+        margin_hard_limit=self._profiles[model_id][profile_version].margin_hard_limit,
+        margin_row=margin_row,
+        fingerprint_dead_zone=self._profiles[model_id][profile_version].fingerprint_dead_zone,
+        fingerprint_tolerance=self._profiles[model_id][profile_version].fingerprint_tolerance,
+        fingerprint_row=fingerprint_row,
+        weights_root=self._specs[model_id].weights_root,
+    )
+
+
+@external
+@view
+def config_hash(model_id: bytes32) -> bytes32:
+    """
+    @notice The hash of the model's dimensions. Reverts for an unknown id.
+    """
+    self._known(model_id)
+    return self._specs[model_id].config_hash
 
 
 @external
@@ -244,6 +292,14 @@ def _known(model_id: bytes32) -> uint256:
     state: uint256 = self._state[model_id]
     assert state != 0, "models: unknown model"
     return state
+
+
+@internal
+@view
+def _check_known(model_id: bytes32, profile_version: uint32):
+    number: uint256 = convert(profile_version, uint256)
+    count: uint256 = (self._known(model_id) >> COUNT_SHIFT) & COUNT_MASK
+    assert 0 < number and number <= count, "models: unknown profile"
 
 
 @internal

@@ -7,9 +7,22 @@ from typing import Any
 
 import boa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from poip_chain.spec.objects import ModelConfig, ModelSpec, Profile, ThresholdRow
-from tests.contracts.system import OWNER, account, add_model, model_config, model_spec, now, profile, refuses
+from poip_chain.spec.scores import threshold
+from tests.contracts.system import (
+    OWNER,
+    account,
+    add_model,
+    deploy_models,
+    model_config,
+    model_spec,
+    now,
+    profile,
+    refuses,
+)
 
 STRANGER = account("stranger").address
 
@@ -172,3 +185,41 @@ def test_unknown_models(models: Any) -> None:
         lambda: models.deprecate(unknown, now(), sender=OWNER.address),
     )
     assert (models.profile_count(unknown), models.deprecated_at(unknown)) == (0, 0)
+
+
+tables = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 2**64 - 1)), max_size=8).map(
+    lambda rows: tuple(ThresholdRow(*row) for row in sorted(dict(rows).items()))
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(tables, tables, st.lists(st.integers(0, 70), min_size=4, max_size=4))
+def test_limits_are_those_of_the_profile(
+    margins: tuple[ThresholdRow, ...], fingerprints: tuple[ThresholdRow, ...], lengths: list[int]
+) -> None:
+    """At every length the row of the spec, and all else as it was registered."""
+    with boa.env.anchor():
+        models = deploy_models()
+        model_id = add_model(models)
+        added = replace(profile(), margin_table=margins, fingerprint_table=fingerprints)
+        version = models.add_profile(model_id, added.values(), sender=OWNER.address)
+        for tokens in (0, *lengths, 2**32 - 1):
+            found = models.limits(model_id, version, tokens)
+            for (length, limit), table in ((found[3], margins), (found[6], fingerprints)):
+                scaled = -(-limit * tokens // length) if length else None
+                assert scaled == threshold(table, tokens)
+            zones = added.vocab_size, added.margin_dead_zone, added.margin_hard_limit
+            assert (*found[:3], *found[4:6]) == (*zones, added.fingerprint_dead_zone, added.fingerprint_tolerance)
+            assert found[7] == models.model_spec(model_id)[0]
+
+
+def test_limits_and_config_hash_of_the_unknown(models: Any) -> None:
+    with boa.reverts("models: unknown model"):
+        models.config_hash(bytes(32))
+    with boa.reverts("models: unknown model"):
+        models.limits(bytes(32), 1, 5)
+    model_id = add_model(models)
+    assert models.config_hash(model_id) == models.model_spec(model_id)[3]
+    for version in (0, models.profile_count(model_id) + 1):
+        with boa.reverts("models: unknown profile"):
+            models.limits(model_id, version, 5)

@@ -166,6 +166,7 @@ def driven(court: Court, contest: int, accuser: Player, contester: Player) -> No
     contests = court.contests
     terms = court.terms[contest >> 32]  # a contest is numbered within its accusation
     who = contests.contest_info(contest).contester
+    told_by = court.accusations.accuser_of(contest >> 32)  # the root of a cell's tree is for the accuser alone to tell
     game = Game(contester, accuser.root)
     while court.is_open(contest):
         info = contests.contest_info(contest)
@@ -173,9 +174,9 @@ def driven(court: Court, contest: int, accuser: Player, contester: Player) -> No
         shown = accuser.reveal(number, node)
         if info.revealed_at == 0:
             if game.tree(number).shape.shows_leaves(node):
-                contests.reveal_leaves(contest, b"".join(shown))
+                contests.reveal_leaves(contest, b"".join(shown), sender=told_by)
             else:
-                contests.reveal(contest, shown)
+                contests.reveal(contest, shown, sender=told_by)
         game.see(number, node, shown)
         move = game.move(number, node)
         if isinstance(move, Pick):

@@ -89,17 +89,7 @@ profiles = st.builds(
 # Agreement with the spec
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    profiles,
-    st.integers(1, 300),
-    st.integers(0, 24),
-    st.integers(0, 24),
-    st.sampled_from(TEMPERATURES),
-    st.integers(1, 70),
-    st.integers(0, 2**64),
-)
-def test_random_claims(
+def compare(
     held: Any,
     contract: Any,
     profile: Profile,
@@ -120,6 +110,31 @@ def test_random_claims(
     scored = expected(answer.batch, claim, profile)
     assert scored is not None
     assert found(held, contract, answer.batch, claim, profile) == scored
+
+
+claims = st.tuples(
+    profiles,
+    st.integers(1, 300),
+    st.integers(0, 24),
+    st.integers(0, 24),
+    st.sampled_from(TEMPERATURES),
+    st.integers(1, 70),
+    st.integers(0, 2**64),
+)
+
+
+@settings(max_examples=15, deadline=None)
+@given(claims)
+def test_random_claims(held: Any, contract: Any, drawn: tuple[Any, ...]) -> None:
+    compare(held, contract, *drawn)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@settings(max_examples=250, deadline=None)
+@given(claims)
+def test_many_random_claims(held: Any, contract: Any, drawn: tuple[Any, ...]) -> None:
+    compare(held, contract, *drawn)
 
 
 def test_vectors(held: Any, contract: Any) -> None:
@@ -168,27 +183,55 @@ def proof_of(answer: Answered, part: Part, places: list[int]) -> list[bytes]:
     return list(merkle_proof(answer.transcript.leaves(part), places))
 
 
-@pytest.mark.parametrize("kind", ["margin_table", "fingerprint_table"])
-@pytest.mark.parametrize("by", [0, -1])
+@pytest.mark.parametrize("kind", ["margin", "fingerprint"])
+@pytest.mark.parametrize("by", [-1, 0, 1])
 def test_limits(held: Any, contract: Any, kind: str, by: int) -> None:
-    """At the limit nobody is convicted, one below it everybody is. The limit is scaled by length and rounded up."""
-    rng = random.Random(5)
-    answer = answered(rng, 50)
-    points = random_points(rng, answer, 9, 0) if kind == "margin_table" else random_points(rng, answer, 0, 9)
-    claim = answer.claim(points)
-    scored = accusation.score(answer.batch, claim, PROFILE, bytes(32))
-    total = scored.margin_sum if kind == "margin_table" else scored.fingerprint_sum
-    assert total > 0
-    # The largest limit whose scaled one is at most total + by; the row after it concerns longer answers only.
-    limit = (total + by) * 16 // 50
-    total = -(-limit * 50 // 16) - by
-    table = (ThresholdRow(16, limit), ThresholdRow(51, 0))
+    """At the limit nobody is convicted, one above it everybody is. It is scaled by length and rounded up."""
+    answer = answered(random.Random(5), 50, temperature_milli=0)
+    # 321 for 16 tokens are 1003.125 for 50; the row after concerns longer answers only, that of no tokens none.
+    limit, table = 1004, (ThresholdRow(0, 0), ThresholdRow(16, 321), ThresholdRow(51, 0))
     quiet = {"margin_hard_limit": 2**63, "margin_table": (), "fingerprint_table": ()}
-    profile = dataclasses.replace(PROFILE, **{**quiet, kind: table})
-    name = "margin_sum" if kind == "margin_table" else "fingerprint_sum"
-    sums = dict(zip(FIELDS, found(held, contract, answer.batch, claim, profile) or (), strict=True))
-    assert sums["convicts"] == (sums[name] > -(-limit * 50 // 16))
-    assert tuple(sums.values()) == expected(answer.batch, claim, profile)
+    profile = dataclasses.replace(PROFILE, **{**quiet, f"{kind}_table": table})
+    claimed, stated = answer.transcript.output_ids[30], dict(answer.transcript.fingerprints[30])
+    token = next(t for t in range(PROFILE.vocab_size) if t != claimed and t not in stated)
+    if kind == "margin":
+        points = Points((Point(30, token, PROFILE.margin_dead_zone + limit + by - 7, -7),))
+    else:
+        value = min(stated.values()) + PROFILE.fingerprint_tolerance + limit + by
+        points = Points((), (Point(30, token, value * 1024 - 7, -7),))
+    scored = hostile(held, contract, answer, points, profile)
+    assert scored is not None and scored[f"{kind}_sum"] == limit + by
+    assert scored["convicts"] == (by > 0)
+
+
+@pytest.mark.parametrize("tokens", [15, 16])
+def test_no_limit_below_the_first_length(held: Any, contract: Any, tokens: int) -> None:
+    """A sum convicts only an answer as long as the table's first row."""
+    rng = random.Random(5)
+    answer = answered(rng, tokens, temperature_milli=0)
+    profile = dataclasses.replace(PROFILE, margin_hard_limit=2**63)
+    scored = hostile(held, contract, answer, one_margin_each(rng, answer, 8, False), profile)
+    assert scored is not None and scored["convicts"] == (tokens == 16)
+
+
+@pytest.mark.parametrize("by", [-1, 0, 1])
+def test_dead_zones(held: Any, contract: Any, by: int) -> None:
+    """What is not above them adds nothing: margins, stated tokens to either side, tokens that are not stated."""
+    answer = answered(random.Random(9), 4, temperature_milli=0)
+    claimed, entries = answer.transcript.output_ids[2], answer.transcript.fingerprints[2]
+    other = next(t for t in range(PROFILE.vocab_size) if t != claimed and t not in dict(entries))
+    extra = max(by, 0)
+    points = Points((Point(2, other, PROFILE.margin_dead_zone + by, 0),))
+    scored = hostile(held, contract, answer, points)
+    assert scored is not None
+    assert (scored["margin_sum"], scored["margin_max"]) == (extra, PROFILE.margin_dead_zone + by)
+    token, value = entries[3]
+    for distance in (PROFILE.fingerprint_dead_zone + by, -PROFILE.fingerprint_dead_zone - by):
+        scored = hostile(held, contract, answer, Points((), (Point(2, token, (value + distance) * 1024, 0),)))
+        assert scored is not None and scored["fingerprint_sum"] == extra
+    value = entries[-1][1] + PROFILE.fingerprint_tolerance + by
+    scored = hostile(held, contract, answer, Points((), (Point(2, other, value * 1024, 0),)))
+    assert scored is not None and scored["fingerprint_sum"] == extra
 
 
 def test_hard_limit(held: Any, contract: Any) -> None:
@@ -526,6 +569,7 @@ def test_no_output(held: Any, contract: Any) -> None:
 # Noise
 
 
+@pytest.mark.slow
 def test_noise_of_thousands(held: Any) -> None:
     """Keys, bits and noise of 4,096 random (position, token) are the spec's, and of all edges."""
     rng = random.Random(6)

@@ -28,22 +28,28 @@ def matches(batch: objects.Batch) -> bool:
 
 @external
 @view
-def profile(model_id: bytes32, profile_version: uint32) -> IModelRegistry.Profile:
+def limits(model_id: bytes32, profile_version: uint32, output_tokens: uint32) -> IModelRegistry.Limits:
     assert profile_version == 1, "models: unknown profile"
-    return self._profile
-
-
-@external
-@view
-def model_spec(model_id: bytes32) -> IModelRegistry.ModelSpec:
-    return IModelRegistry.ModelSpec(
+    return IModelRegistry.Limits(
+        vocab_size=self._profile.vocab_size,
+        margin_dead_zone=self._profile.margin_dead_zone,
+        margin_hard_limit=self._profile.margin_hard_limit,
+        margin_row=self._row(self._profile.margin_table, output_tokens),
+        fingerprint_dead_zone=self._profile.fingerprint_dead_zone,
+        fingerprint_tolerance=self._profile.fingerprint_tolerance,
+        fingerprint_row=self._row(self._profile.fingerprint_table, output_tokens),
         weights_root=keccak256(model_id),
-        tokenizer_hash=empty(bytes32),
-        chat_template_hash=empty(bytes32),
-        config_hash=empty(bytes32),
-        canonical_version=1,
-        sampler_version=1,
     )
+
+
+@internal
+@pure
+def _row(table: DynArray[IModelRegistry.ThresholdRow, 8], tokens: uint32) -> IModelRegistry.ThresholdRow:
+    found: IModelRegistry.ThresholdRow = empty(IModelRegistry.ThresholdRow)
+    for row: IModelRegistry.ThresholdRow in table:
+        if row.tokens <= tokens:
+            found = row
+    return found
 
 
 @external
