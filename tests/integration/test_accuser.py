@@ -143,7 +143,9 @@ def test_a_degraded_model_is_convicted(world: AccuseWorld, node: ScriptedNode, t
     convicted_by(watcher, batch)
     assert world.world.status(batch) is BatchStatus.CONVICTED
     row = row_of(watcher, batch)
-    assert (row.reason, row.position) == (Ending.CONVICTED, 1), "the cheaper receipt is accused"
+    # The beacon may have drawn one of the two twice.
+    cheapest = max(audit.position for audit in watcher.store.audits(batch_id=batch.id))
+    assert (row.reason, row.position) == (Ending.CONVICTED, cheapest), "the cheapest audited receipt is accused"
     rounds(watcher, lambda: settled(watcher), watcher.tower.step)
     (event,) = world.world.convictions(batch)
     assert event["beneficiary"] == watcher.key.address
@@ -151,7 +153,7 @@ def test_a_degraded_model_is_convicted(world: AccuseWorld, node: ScriptedNode, t
     assert watcher.store.bonds_standing() == 0
     for call in ("commit", "accuse", "resolve", "claim"):
         assert sent(watcher).count(f"Accusations.{call}") == 1
-    assert [f.state for f in watcher.filings(batch) if f.detail["position"] == 1] == [FilingState.DONE]
+    assert [f.state for f in watcher.filings(batch) if f.detail["position"] == cheapest] == [FilingState.DONE]
     # The other receipt of the batch is not accused as well.
     for _ in range(3):
         assert "accusing" not in court(watcher)
