@@ -23,7 +23,7 @@ from poip_chain.chain.devnet.chain import Devnet
 from poip_chain.chain.devnet.config import DevnetConfig
 from poip_chain.economic.parameters import PARAMETERS
 from poip_chain.spec.accusation import Claim, Point, Points
-from poip_chain.spec.dispute import Descent, Node, path_within
+from poip_chain.spec.dispute import Descent, Node, asked_cell, cell_number, path_within
 from poip_chain.spec.merkle import inner_hash, leaf_hash, merkle_levels, merkle_proof, merkle_root
 from poip_chain.spec.objects import (
     Batch,
@@ -332,12 +332,12 @@ class _CourtBench(_Bench):
         while not case.trace.shape.shows_leaves(node):
             shown = case.trace.shape.shown(node)
             nodes = [case.trace.node(n.level, n.index) for n in shown]
-            self.move("reveal", "accuser", self.contests, "reveal", contest, nodes)
+            self.move("reveal", "accuser", self.contests, "reveal", contest, bytes(32), nodes)
             offset = (case.step.leaf >> shown[0].level) - shown[0].index
             node, path = shown[offset], path_within(nodes, offset)
             self.move("pick", "contester", self.contests, "pick", contest, node.index, nodes[offset], path)
         leaves = [case.trace.leaves[n.index] for n in case.trace.shape.shown(node)]
-        self.move("reveal leaves", "accuser", self.contests, "reveal_leaves", contest, b"".join(leaves))
+        self.move("reveal leaves", "accuser", self.contests, "reveal_leaves", contest, bytes(32), b"".join(leaves))
         offset = case.step.leaf - (node.index << node.level)
         path = path_within([leaf_hash(leaf) for leaf in leaves], offset)
         opened = (case.opening.leaves, case.opening.rows, case.opening.proof)
@@ -348,7 +348,10 @@ class _CourtBench(_Bench):
         self.move("open cell", "contester", self.contests, "open_cell", *where)
         levels = merkle_levels(case.sub_leaves)
         assert len(levels) <= 7, "one reveal opens the cell's tree"
-        self.move("reveal cell", "accuser", self.contests, "reveal_leaves", contest, b"".join(case.sub_leaves))
+        # All of the terms' fields are static, so they stand in a call's data as they are hashed.
+        terms_hash = keccak(self.contests.encode("settle", self.id, self.terms)[4 + 32 :])
+        asked = asked_cell(terms_hash, cell_number(case.step.leaf, case.step.element))
+        self.move("reveal cell", "accuser", self.contests, "reveal_leaves", contest, asked, b"".join(case.sub_leaves))
         path = path_within(levels[0], case.step.sub_leaf)
         leaf = case.sub_leaves[case.step.sub_leaf]
         where = (contest, self.terms, case.step.sub_leaf, case.step.sub_element, leaf, path)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
 WITH_CONTRACTS = ("tests/contracts/", "tests/attack/")
@@ -13,6 +14,10 @@ WITH_CONTRACTS = ("tests/contracts/", "tests/attack/")
 APART = "tests/contracts/test_gas.py"
 # Files whose names have one of these words need the court's contracts too.
 COURT = ("referee", "scoring", "accusations", "contests", "court", "moves")
+
+# How long an example takes is the machine's business: a test that fails for it fails by chance.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 class Shares(LoadScopeScheduling):

@@ -18,7 +18,7 @@
           is such a move.
         - Chess clocks: each side has terms.clock in all, counted from what is stored, so nothing must be called in time
           but the moves. Any reveal that hashes right is right, whoever brings it; a cell's tree, which hashes to nothing yet, only the
-          accuser's. Only the contester moves for itself.
+          accuser's, who names cell and terms. Only the contester moves for itself.
         - No money here: Accusations takes and gives it, and tolerates every end of a contest.
         - Calls go to Accusations, whose calls do not come back, and to views.
 @custom:kill None of its own: without new accusations there are no new contests. Open ones always end by `settle`.
@@ -216,7 +216,7 @@ def show_point(
     assert place != 0, "court: no such contest"
     assert (place >> LEVEL_AT) & 255 == POINT, "court: not a point contest"
     self._check_terms(id, terms)
-    self._show(id, place, empty(bytes32))
+    self._show(id, place, empty(bytes32), empty(bytes32))
     assert keccak256(abi_encode(margins, fingerprints)) == terms.points_hash, "court: not the accusation's points"
     number: uint256 = place & MASK_32
     point: IScoring.Point = empty(IScoring.Point)
@@ -230,7 +230,7 @@ def show_point(
     assert len(ids) == 4 * min(32, outputs - (position & ~31)), "court: ids are of the wrong length"
     assert terms.trace.output_root == merkle._root_of_one(
         merkle._leaf(ids), position >> 5, (outputs + 31) >> 5, ids_proof
-    ), "court: ids are not of the transcript"
+    ), "court: ids of another transcript"
     claimed: uint256 = self._id(ids, position & 31)
     token: uint256 = convert(point.token, uint256)
     indices: DynArray[uint256, 32] = [self._logit(terms, position, min(claimed, token))]
@@ -241,7 +241,7 @@ def show_point(
     root: bytes32 = empty(bytes32)
     used: uint256 = 0
     root, used = openings._root(openings._hashes(leaves, 0, len(indices)), indices, terms.leaf_count, proof, 0)
-    assert used == len(proof) and root == terms.trace.trace_root, "court: leaves are not of the trace"
+    assert used == len(proof) and root == terms.trace.trace_root, "court: leaves of another trace"
     # Both leaves, or the one twice: the lower token's first.
     high: Bytes[128] = slice(leaves, len(leaves) - LEAF_BYTES, LEAF_BYTES)
     low: Bytes[128] = slice(leaves, 0, LEAF_BYTES)
@@ -256,10 +256,12 @@ def show_point(
 
 
 @external
-def reveal(id: uint256, nodes: DynArray[bytes32, 64]):
+def reveal(id: uint256, asked: bytes32, nodes: DynArray[bytes32, 64]):
     """
     @notice Show the nodes six levels below the one at which a contest stands. By anyone; in the accuser's time.
     @param id A contest that stands more than six levels above the leaves.
+    @param asked At the root of a cell's tree keccak(hash of the terms || cell), for nothing else says which tree this is;
+           not looked at elsewhere.
     @param nodes 64 of them, fewer only where the level ends.
     """
     place: uint256 = self._places[id]
@@ -267,7 +269,7 @@ def reveal(id: uint256, nodes: DynArray[bytes32, 64]):
     assert level != POINT and level > descent.LEVELS, "court: the leaves are due here"
     count: uint256 = (place >> COUNT_AT) & MASK_40
     assert len(nodes) == descent._many(count, level, place & MASK_32), "court: wrong number of nodes"
-    self._show(id, place, openings._root_of_nodes(nodes))
+    self._show(id, place, asked, openings._root_of_nodes(nodes))
     log Revealed(
         contest=id,
         accusation=id >> 32,
@@ -279,10 +281,11 @@ def reveal(id: uint256, nodes: DynArray[bytes32, 64]):
 
 
 @external
-def reveal_leaves(id: uint256, leaves: Bytes[8192]):
+def reveal_leaves(id: uint256, asked: bytes32, leaves: Bytes[8192]):
     """
     @notice Show the leaves below the node at which a contest stands. By anyone; in the accuser's time.
     @param id A contest that stands at most six levels above the leaves.
+    @param asked As in `reveal`.
     @param leaves 128 bytes each.
     """
     place: uint256 = self._places[id]
@@ -293,7 +296,7 @@ def reveal_leaves(id: uint256, leaves: Bytes[8192]):
     nodes: DynArray[bytes32, 64] = []
     for i: uint256 in range(many, bound=64):
         nodes.append(keccak256(concat(0x00, slice(leaves, LEAF_BYTES * i, LEAF_BYTES))))
-    self._show(id, place, openings._root_of_nodes(nodes))
+    self._show(id, place, asked, openings._root_of_nodes(nodes))
     log LeavesRevealed(
         contest=id,
         accusation=id >> 32,
@@ -358,7 +361,7 @@ def open_cell(
     cell: uint256 = 1 + 32 * index + element
     level: uint256 = descent._height(count)
     self._places[id] = clocks | (count << COUNT_AT) | (cell << CELL_AT) | (level << LEVEL_AT)
-    self._nodes[id] = keccak256(concat(0x00, leaf))
+    self._nodes[id] = merkle._leaf(leaf)
     log Picked(contest=id, accusation=id >> 32, cell=cell, level=level, index=0)
 
 
@@ -413,7 +416,7 @@ def finish(
     cell: uint256 = (place >> CELL_AT) & MASK_40
     assert cell != 0, "court: not in the tree of a cell"
     self._turn(id, place)
-    assert keccak256(concat(0x00, leaf)) == self._nodes[id], "court: not the cell's leaf"
+    assert merkle._leaf(leaf) == self._nodes[id], "court: not the cell's leaf"
     part: ITraceMap.Step = ITraceMap.Step(
         leaf=(cell - 1) >> 5, element=(cell - 1) & 31, inside=False, sub_leaf=0, sub_element=0
     )
@@ -513,16 +516,21 @@ def _key(id: uint256, place: uint256) -> uint256:
 @internal
 @view
 def _check_terms(id: uint256, terms: IAccusations.Terms):
-    assert staticcall IAccusations(accusations).terms_hash(id >> 32) == keccak256(abi_encode(terms)), (
-        "court: not the accusation's terms"
-    )
+    assert self._terms_hash(id) == keccak256(abi_encode(terms)), "court: not the accusation's terms"
 
 
 @internal
-def _show(id: uint256, place: uint256, node: bytes32):
+@view
+def _terms_hash(id: uint256) -> bytes32:
+    return staticcall IAccusations(accusations).terms_hash(id >> 32)
+
+
+@internal
+def _show(id: uint256, place: uint256, asked: bytes32, node: bytes32):
     """
     @dev What is due at a node is shown now, once, and hashes to it; it makes the root of a cell's tree, which nothing
-         proves: there only the accuser speaks. A point is shown by its leaves.
+         proves: there only the accuser speaks, and says of which cell of which trace. Else a reorganisation could put his
+         answer under another cell, and a right accusation would be lost by it. A point is shown by its leaves.
     """
     key: uint256 = self._key(id, place)
     assert self._shown[key] == 0, "court: shown already"
@@ -530,6 +538,8 @@ def _show(id: uint256, place: uint256, node: bytes32):
     assert block.timestamp <= due, "court: the accuser's time is over"
     mark: uint256 = block.timestamp
     if self._is_sub_root(place):
+        cell: uint256 = (place >> CELL_AT) & MASK_40
+        assert asked == keccak256(abi_encode(self._terms_hash(id), cell)), "court: another cell is asked for"
         assert msg.sender == staticcall IAccusations(accusations).accuser_of(id >> 32), "court: not the accuser"
         mark = mark | (convert(node, uint256) & HASH_MASK)
     elif (place >> LEVEL_AT) & 255 != POINT:
@@ -569,7 +579,7 @@ def _leaf_turn(
     assert (place >> LEVEL_AT) & 255 <= descent.LEVELS, "court: not at the leaves"
     clocks: uint256 = self._turn(id, place)
     assert len(leaf) == LEAF_BYTES, "court: leaf is not 128 bytes"
-    self._prove(id, place, 0, index, keccak256(concat(0x00, leaf)), path)
+    self._prove(id, place, 0, index, merkle._leaf(leaf), path)
     return clocks
 
 

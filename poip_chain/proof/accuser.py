@@ -28,7 +28,7 @@ from poip_chain.proof.store import FilingState, WatchtowerStore
 from poip_chain.service.court.sending import Progress
 from poip_chain.service.court.traces import Players
 from poip_chain.service.court.view import Accused, CourtView, accusation_id
-from poip_chain.spec.dispute import LEVELS, Node
+from poip_chain.spec.dispute import LEVELS, Node, asked_cell
 
 log = structlog.get_logger("watchtower")
 
@@ -241,9 +241,10 @@ class Accuser:
                 contest, terms, points, (proof.ids, proof.ids_proof), (proof.leaves, proof.proof)
             )
         shown = player.reveal(at.cell, Node(at.level, at.index))
+        asked = asked_cell(contests.terms_hash(terms), at.cell)
         if at.level > LEVELS:
-            return contests.reveal(contest, shown)
-        return contests.reveal_leaves(contest, b"".join(shown))
+            return contests.reveal(contest, asked, shown)
+        return contests.reveal_leaves(contest, asked, b"".join(shown))
 
     def _settle(self, hand: Hand, accused: Accused, contest: int) -> None:
         call = self._view.network.contests.settle(contest, accused.terms)

@@ -93,6 +93,11 @@ def check_dimensions(config: ModelConfig) -> None:
         raise InvalidInput(f"head_dim is {config.head_dim}; rotary embeddings need an even one.")
     if config.num_heads % config.num_kv_heads:
         raise InvalidInput(f"{config.num_heads} heads cannot share {config.num_kv_heads} heads of keys evenly.")
+    if config.num_heads * config.head_dim > MAX_OUTPUTS:
+        raise InvalidInput(
+            f"num_heads * head_dim is {config.num_heads * config.head_dim}; canonical arithmetic version 1 is defined for "
+            f"up to {MAX_OUTPUTS}."
+        )
     if config.qk_norm and c.norm_epsilon(config.rms_norm_eps_e12, config.head_dim, c.NORM_BITS, 0) < 1:
         raise InvalidInput(
             "rms_norm_eps is too small for QK-norm in units of 2**-32: a row of zeros would divide by 0."

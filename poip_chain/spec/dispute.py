@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from eth_hash.auto import keccak
+
 from poip_chain.errors import InvalidInput
 from poip_chain.spec.merkle import MAX_LEAVES, inner_hash
 from poip_chain.spec.types import Hash32
@@ -130,6 +132,14 @@ def first_difference(shown: Sequence[bytes], own: Sequence[bytes]) -> int | None
     if len(shown) != len(own):
         raise InvalidInput(f"{len(shown)} nodes were shown where {len(own)} stand.")
     return next((i for i, (theirs, ours) in enumerate(zip(shown, own, strict=True)) if theirs != ours), None)
+
+
+def asked_cell(terms_hash: bytes, cell: int) -> Hash32:
+    """What the accuser names with the top of a cell's tree: keccak(hash of the accusation's terms || cell).
+
+    Nothing proves what is shown there. Without this a reorganisation could put it under another cell.
+    """
+    return Hash32(keccak(terms_hash + cell.to_bytes(32, "big")))
 
 
 def cell_number(leaf: int, element: int) -> int:

@@ -39,6 +39,7 @@ a contract repeats it without tables. This file knows dimensions only; no weight
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -263,6 +264,28 @@ class Layout:
         if not (0 <= row < tensor.rows and 0 <= column < tensor.columns):
             raise InvalidInput(f"{tensor.name} has {tensor.rows} rows of {tensor.columns}, not ({row}, {column}).")
         return tensor.start + row * tensor.row_leaves + column // tensor.per_leaf
+
+
+def check_context(config: ModelConfig, max_context: int) -> None:
+    """That every answer of up to max_context tokens, prompt included, has a trace that a tree can hold.
+
+    One that is longer could not be accused. Raises InvalidInput, naming the longest context that fits.
+    """
+    # A prompt of one token and the rest of output: all positions have logits.
+    if max_context > 1 and not _fits(config, max_context - 1):
+        longest = bisect_left(range(1, max_context), True, key=lambda outputs: not _fits(config, outputs))
+        raise InvalidInput(
+            f"answers of {max_context} tokens would have traces of more than 2**32 leaves, too large for the court; "
+            f"with this model max_context can be up to {longest + 1}."
+        )
+
+
+def _fits(config: ModelConfig, outputs: int) -> bool:
+    try:
+        Layout(config, 1, outputs)
+    except InvalidInput:
+        return False
+    return True
 
 
 def per_leaf(op: Op) -> int:

@@ -311,6 +311,23 @@ def test_slasher_cannot_seize_by_a_new_judge(network: Network, server: Server) -
         network.log.convict(committed.batch.values(), ATTACKER, FULL, FULL, sender=ATTACKER)
 
 
+def test_readd_allocation_immediately_slashable(network: Network, server: Server) -> None:
+    """EigenLayer EGSL-10: what was removed and added again had power over old stake at once. A judge or slasher that
+    comes back is a new one: nothing that was staked before it is in its reach before it could have left."""
+    committed = server.serve_and_commit(CLIENT)
+    offences = network.offences.address
+    for allowed in (False, True):
+        network.log.set_judge(offences, allowed, sender=OWNER.address)
+        network.registry.set_slasher(offences, allowed, sender=OWNER.address)
+    stake = network.stake_of(server.node)
+    with boa.reverts("log: batch cannot be convicted"):
+        network.log.convict(committed.batch.values(), ATTACKER, FULL, FULL, sender=offences)
+    with boa.reverts("registry: slasher not active yet"):
+        network.registry.slash(server.node, POIP, ATTACKER, POIP, FULL, FULL, sender=offences)
+    assert network.registry.slasher_active_at(offences) == system.now() + 2 * network.value("unbonding_period")
+    assert network.stake_of(server.node) == stake
+
+
 def test_verifier_node_collusion_instant_exit(network: Network, server: Server) -> None:
     """The Graph L-18: node and verifier colluded to take stake out at once. A conviction burns at least half."""
     committed = server.commit([server.serve(CLIENT)], total_fee=1000 * POIP)

@@ -110,7 +110,7 @@ def test_rav_foreign_service_drains_escrow(network: Network, funded: Server) -> 
     assert network.vault.available(CLIENT.address, funded.node) == POIP
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(name=st.sampled_from(list(Voucher.ABI)), delta=st.integers(1, 2**64))
 def test_unsigned_field_tampered(network: Network, name: str, delta: int) -> None:
     """The Graph H-08: a field of the voucher was not covered by the signature. Every field of ours is."""

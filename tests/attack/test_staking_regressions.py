@@ -252,6 +252,28 @@ def test_slash_after_reprovision(staking: Staking, node: Address) -> None:
     assert slash(staking, node, 10 * POIP)[0] == 10 * POIP
 
 
+def test_rebond_uninitialised_factor(staking: Staking, node: Address) -> None:
+    """Livepeer: bonding again what was unbonding, by a cumulative factor that was never set, minted stake from nothing.
+    What comes back is what a slash left of it, wei for wei, and after a whole slash nothing."""
+    registry = staking.registry
+    first = registry.unbond(node, 300 * POIP, sender=OPERATOR)
+    second = registry.unbond(node, 100 * POIP, sender=OPERATOR)
+    assert slash(staking, node, 800 * POIP)[0] == 800 * POIP
+    left = registry.unbondings(node)
+    assert [unbonding.amount for unbonding in left] == [150 * POIP, 50 * POIP]
+    registry.cancel_unbond(node, first, sender=OPERATOR)
+    info = registry.node_info(node)
+    assert (info.active, info.unbonding) == (150 * POIP, 50 * POIP)
+    assert slash(staking, node, HUGE)[0] == 200 * POIP
+    with boa.reverts():
+        registry.cancel_unbond(node, first, sender=OPERATOR)
+    if any(unbonding.id == second for unbonding in registry.unbondings(node)):
+        registry.cancel_unbond(node, second, sender=OPERATOR)
+    info = registry.node_info(node)
+    assert (info.active, info.unbonding) == (0, 0)
+    assert registry.total_staked() == 0
+
+
 def test_new_slasher_cannot_reach_stake_that_may_leave(staking: Staking, node: Address) -> None:
     """EigenLayer EGSL-10: stake became slashable at once under a rule added later."""
     seizer = account("seizer").address

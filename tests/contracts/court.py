@@ -14,7 +14,7 @@ import boa
 from eth_abi.abi import encode as abi_encode
 from eth_hash.auto import keccak
 
-from poip_chain.spec.dispute import Node, cell_of, first_difference, path_within
+from poip_chain.spec.dispute import Node, asked_cell, cell_of, first_difference, path_within
 from poip_chain.spec.merkle import merkle_proof
 from poip_chain.spec.objects import Batch, FinishReason, ModelSpec, Profile, ThresholdRow
 from poip_chain.spec.referee import LINEAR, Cell
@@ -190,10 +190,11 @@ class Court:
             return
         shown = telling.shown(info.cell, Node(info.level, info.index))
         accuser = self.accusations.accuser_of(contest >> 32)
+        asked = asked_cell(self.accusations.terms_hash(contest >> 32), info.cell)
         if info.level <= 6:
-            self.contests.reveal_leaves(contest, b"".join(shown), sender=accuser)
+            self.contests.reveal_leaves(contest, asked, b"".join(shown), sender=accuser)
         else:
-            self.contests.reveal(contest, shown, sender=accuser)
+            self.contests.reveal(contest, asked, shown, sender=accuser)
 
     def show_point(self, contest: int, telling: Telling, number: int, **changes: Any) -> None:
         told = self.story
@@ -264,12 +265,18 @@ def arguments(opening: Opening) -> tuple[bytes, bytes, list[bytes]]:
     return opening.leaves, opening.rows, opening.proof
 
 
-def deploy_court(told: Story, overrides: Mapping[str, int] | None = None) -> Court:
-    """A network whose one model is the story's, with the court as a judge of it. Accuser and contester have tokens."""
+def deploy_court(told: Story, overrides: Mapping[str, int] | None = None, profile: Profile | None = None) -> Court:
+    """A network whose one model is the story's, with the court as a judge of it. Accuser and contester have tokens.
+
+    With a profile claims are scored by it, by the real contract.
+    """
     network = deploy_network(overrides, seal=False)
     trace_map = system.load(CONTRACTS / "disputes/TraceMap.vy")
     referee = system.load(CONTRACTS / "disputes/Referee.vy", trace_map)
-    scoring = system.load(HARNESS / "scripted_scoring.vy", network.models)
+    if profile is None:
+        scoring = system.load(HARNESS / "scripted_scoring.vy", network.models)
+    else:
+        scoring = system.load(CONTRACTS / "disputes/Scoring.vy", network.log, network.models)
     accusations = system.load(
         CONTRACTS / "disputes/Accusations.vy",
         *(network.token, network.log, network.registry, network.models, network.parameters, scoring, trace_map),
@@ -283,8 +290,8 @@ def deploy_court(told: Story, overrides: Mapping[str, int] | None = None) -> Cou
         network.models.register_model(spec.values(), told.config.values(), "ipfs://court")
         table = (ThresholdRow(32, 1000),)
         context, vocabulary = told.config.max_positions, told.config.vocab_size
-        profile = Profile(context, vocabulary, "bfloat16", "bfloat16", 100, 2000, (0,), 1, 2, table, 1, 2, table)
-        network.models.add_profile(spec.model_id(), profile.values())
+        plain = Profile(context, vocabulary, "bfloat16", "bfloat16", 100, 2000, (0,), 1, 2, table, 1, 2, table)
+        network.models.add_profile(spec.model_id(), (profile or plain).values())
     court = Court(replace(network, model_id=spec.model_id()), accusations, contests, scoring, referee, trace_map, told)
     for who in (ACCUSER, CONTESTER):
         court.fund(who.address)

@@ -18,7 +18,6 @@ from tests.contracts.court import (
     COMMITTED,
     CONTESTER,
     EXPIRED,
-    LOST,
     NODE,
     SALT,
     STOOD,
@@ -268,36 +267,6 @@ def test_numbers_are_those_of_the_batch(court: Court, committed: Committed, hone
 # Several accusations of one batch
 
 
-def test_copied_accusations_gain_nothing(court: Court, committed: Committed, honest: Telling) -> None:
-    batch, claim = committed.batch, court.claim(committed, honest)
-    id = court.commit(batch, claim)
-    stolen = int(
-        court.accusations.commit(batch.values(), court.commitment(claim, ACCUSER.address), sender=OTHER.address)
-    )
-    court.reveal(id, batch, claim)
-    refuses(
-        "court: not what was committed",
-        lambda: court.open(stolen, batch.values(), claim, SALT),
-    )
-    copied = court.commit(batch, claim, OTHER.address)
-    court.reveal(copied, batch, claim)
-    boa.env.time_travel(seconds=court.value("contest_window") + 1)
-    refuses(
-        "court: an earlier accusation is open",
-        lambda: court.end(copied, batch.values()),
-    )
-    court.accusations.expire(stolen, batch.values())
-    refuses(
-        "court: an earlier accusation is open",
-        lambda: court.end(copied, batch.values()),
-    )
-    assert court.end(id, batch.values())
-    assert not court.end(copied, batch.values()), "the batch is convicted already"
-    assert court.status(copied) == STOOD
-    assert court.accusations.credits(OTHER.address) == court.accusations.credits(ACCUSER.address)
-    assert court.network.registry.rewards(OTHER.address) == 0 < court.network.registry.rewards(ACCUSER.address)
-
-
 def test_the_order_is_that_of_commitment(court: Court, committed: Committed, honest: Telling) -> None:
     batch = committed.batch
     first, second = court.claim(committed, honest), court.claim(committed, honest, index=2)
@@ -334,38 +303,6 @@ def test_only_the_models_own_dimensions(court: Court, committed: Committed, hone
     id, batch = court.commit(committed.batch, claim), committed.batch.values()
     other = replace(court.story.config, num_layers=1).values()
     refuses("court: not the model's dimensions", lambda: court.accusations.accuse(id, batch, other, claim, SALT))
-
-
-def test_any_number_of_accusations(court: Court, committed: Committed, honest: Telling) -> None:
-    """A flood of empty accusations holds up an honest one until they expire, and costs a bond each."""
-    batch, claim = committed.batch, court.claim(committed, honest)
-    court.fund(OTHER.address, 400 * court.value("accusation_bond"))
-    flood = [int(court.accusations.commit(batch.values(), bytes(32), sender=OTHER.address)) for _ in range(390)]
-    assert flood == [(batch.id << 32) | i for i in range(390)]
-    id = court.commit(batch, claim)
-    court.reveal(id, batch, claim)
-    assert court.network.log.open_cases(batch.id) == 1
-    boa.env.time_travel(seconds=court.value("contest_window") + 1)
-    for number in [*range(384, 390), *range(192), *range(193, 384)]:
-        court.accusations.expire(flood[number], batch.values())
-    refuses("court: an earlier accusation is open", lambda: court.end(id, batch.values()))
-    court.accusations.expire(flood[192], batch.values())
-    assert court.accusations.to_burn() == 390 * court.value("accusation_bond")
-    assert court.end(id, batch.values())
-    assert court.network.log.open_cases(batch.id) == 0
-
-
-def test_a_lost_accusation_shields_nobody(court: Court, committed: Committed, told: Story, honest: Telling) -> None:
-    """A cheat's partner accuses badly, first, and loses: the honest accusation stands all the same, and is rewarded."""
-    bad = Telling(told, {5: honest.changed(5, 0)})
-    lost = court.accuse(committed, bad, OTHER.address)
-    id = court.accuse(committed, honest)
-    contest = court.contest(lost)
-    court.play(contest, bad, honest)
-    assert court.status(lost) == LOST
-    assert court.network.log.open_cases(committed.batch.id) == 1
-    assert court.resolve(id, committed.batch)
-    assert court.network.registry.rewards(ACCUSER.address) > 0
 
 
 # Node and judge in every state

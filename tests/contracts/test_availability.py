@@ -299,7 +299,7 @@ class TestAnswer:
         with boa.reverts("availability: too late"):
             network.availability.answer(*answer_arguments(network, committed, challenge_id))
 
-    @settings(max_examples=8, deadline=None)
+    @settings(max_examples=8)
     @given(
         prompt=st.integers(1, 300),
         output=st.integers(0, 200),
@@ -372,7 +372,7 @@ class TestLateAnswer:
         with boa.reverts("availability: window is over"):
             challenge(full_audit, committed, Part.PROMPT)
 
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=12)
     @given(plan=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=6), raised=st.booleans())
     def test_no_pair_keeps_a_batch_open_longer(
         self, network: Network, plan: list[tuple[float, float]], raised: bool

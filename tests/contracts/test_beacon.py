@@ -75,7 +75,7 @@ def test_parse(beacon: Any, number: int, extra_data: bytes) -> None:
     assert beacon.parse(header(number, mix_hash, extra_data=extra_data)) == (number, mix_hash)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.binary(max_size=700), flips=st.lists(st.tuples(st.integers(0, 600), st.integers(0, 255)), max_size=3))
 def test_hostile_bytes_never_store_anything(data: bytes, flips: list[tuple[int, int]]) -> None:
     contract = deployer().deploy()

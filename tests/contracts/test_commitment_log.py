@@ -161,7 +161,7 @@ class TestFinality:
         assert network.log.status(second.id) == FINAL
         assert network.locked(server.node) == 0
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(name=st.sampled_from([n for n in Batch.ABI if n not in ("node", "id")]), delta=st.integers(1, 3))
     def test_every_field_is_pinned(self, network: Network, name: str, delta: int) -> None:
         with boa.env.anchor():

@@ -233,6 +233,6 @@ class CourtMachine(RuleBasedStateMachine):
 def test_court_machine() -> None:
     deployed()  # outside the runs, each of which is undone
     checked = settings(
-        max_examples=8, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        max_examples=8, stateful_step_count=25, suppress_health_check=[HealthCheck.too_slow]
     )
     run_state_machine_as_test(CourtMachine, settings=checked)

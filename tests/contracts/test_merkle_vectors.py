@@ -60,7 +60,7 @@ def hostile_proofs(draw: Any) -> tuple[list[bytes], list[int], int, list[bytes]]
     return chosen, indices, count, list(proof)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(hostile_proofs())
 def test_same_roots_and_refusals(merkle: Any, case: tuple[list[bytes], list[int], int, list[bytes]]) -> None:
     chosen, indices, count, proof = case

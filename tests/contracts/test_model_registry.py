@@ -192,7 +192,7 @@ tables = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 2**64 - 1)), max_
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(tables, tables, st.lists(st.integers(0, 70), min_size=4, max_size=4))
 def test_limits_are_those_of_the_profile(
     margins: tuple[ThresholdRow, ...], fingerprints: tuple[ThresholdRow, ...], lengths: list[int]

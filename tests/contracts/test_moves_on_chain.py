@@ -10,7 +10,7 @@ import pytest
 from poip_chain.canonical.moves import Finish, Game, MakeStep, OpenCell, Pick, Player
 from poip_chain.canonical.trace import Trace
 from poip_chain.errors import InvalidInput
-from poip_chain.spec.dispute import Node
+from poip_chain.spec.dispute import Node, asked_cell
 from poip_chain.spec.merkle import merkle_root
 from poip_chain.spec.objects import ModelConfig
 from poip_chain.spec.referee import LINEAR, Cell, Referee
@@ -172,11 +172,12 @@ def driven(court: Court, contest: int, accuser: Player, contester: Player) -> No
         info = contests.contest_info(contest)
         number, node = info.cell, Node(info.level, info.index)
         shown = accuser.reveal(number, node)
+        asked = asked_cell(court.accusations.terms_hash(contest >> 32), number)
         if info.revealed_at == 0:
             if game.tree(number).shape.shows_leaves(node):
-                contests.reveal_leaves(contest, b"".join(shown), sender=told_by)
+                contests.reveal_leaves(contest, asked, b"".join(shown), sender=told_by)
             else:
-                contests.reveal(contest, shown, sender=told_by)
+                contests.reveal(contest, asked, shown, sender=told_by)
         game.see(number, node, shown)
         move = game.move(number, node)
         if isinstance(move, Pick):

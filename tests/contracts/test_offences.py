@@ -58,7 +58,7 @@ def standard(params: SamplingParams, params_known: bool = True, profile_known: b
 
 
 class TestRulesAreTheSpecs:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(case=fault_cases.cases(), params_known=st.booleans(), profile_known=st.booleans())
     def test_receipts(self, rules: Any, case: Case, params_known: bool, profile_known: bool) -> None:
         batch = case.batch or NO_BATCH
@@ -73,21 +73,21 @@ class TestRulesAreTheSpecs:
         in_batch = batch if batch.id else None
         assert judged == code(receipt_fault(case.receipt, case.request, params, profile, in_batch))
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(case=fault_cases.cases())
     def test_places(self, rules: Any, case: Case) -> None:
         batch = case.batch or NO_BATCH
         judged = rules.place_fault(case.receipt.values(), batch.values(), case.index)
         assert judged == code(place_fault(case.receipt, Place(batch, case.index)))
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(pair=fault_cases.receipt_pairs())
     def test_sequences(self, rules: Any, pair: tuple[Receipt, Receipt]) -> None:
         a, b = pair
         expected = sequence_fault(a, b.replace(node=a.node)) if a != b else None
         assert rules.sequence_fault(a.values(), b.values()) == code(expected)
 
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(case=fault_cases.cases(), data=st.data())
     def test_roots(self, rules: Any, case: Case, data: st.DataObject) -> None:
         roots = TranscriptRoots.of(case.transcript)
@@ -100,7 +100,7 @@ class TestRulesAreTheSpecs:
         judged = rules.roots_fault(case.receipt.values(), case.request.values(), roots.values())
         assert judged == code(roots_fault(case.receipt, case.request, roots))
 
-    @settings(max_examples=80, deadline=None)
+    @settings(max_examples=80)
     @given(found=fault_cases.leaf_cases(), params_known=st.booleans(), profile_known=st.booleans())
     def test_leaves(
         self, rules: Any, found: tuple[Case, Part, int, bytes], params_known: bool, profile_known: bool
@@ -630,7 +630,7 @@ class TestTranscripts:
 class TestHostileValues:
     """Extremes that a node signs or commits: whatever they are, the fault is found and the node convicted."""
 
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=15)
     @given(data=st.data())
     def test_extreme_receipts_are_convicted(self, network: Network, data: st.DataObject) -> None:
         with boa.env.anchor():
@@ -653,7 +653,7 @@ class TestHostileValues:
                 assert network.offences.prove_sequence(*one, *one, sender=ACCUSER) == expected
             assert network.log.status(committed.batch.id) == CONVICTED
 
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=12)
     @given(data=st.data())
     def test_extreme_pairs_are_convicted(self, network: Network, data: st.DataObject) -> None:
         with boa.env.anchor():

@@ -153,7 +153,7 @@ def test_constructor_refuses_bad_lists() -> None:
 BATCH_TERMS = ("audit_rate", "detection_power", "reward_share", "challenge_window", "minimum_lock")
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_history_and_terms(parameters: Any, data: st.DataObject) -> None:
     """After any changes, each revision still answers as it stood, and the packed terms are the present values."""

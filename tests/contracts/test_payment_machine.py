@@ -273,7 +273,6 @@ def test_payments(network: Network) -> None:
             settings=settings(
                 max_examples=15,
                 stateful_step_count=25,
-                deadline=None,
                 database=None,
                 suppress_health_check=list(HealthCheck),
             ),

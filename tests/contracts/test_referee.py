@@ -102,7 +102,7 @@ CONFIGS = st.builds(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(CONFIGS, st.integers(1, 100), st.integers(1, 100), st.randoms(use_true_random=False))
 def test_layouts(trace_map: Any, config: ModelConfig, prompt: int, output: int, rng: random.Random) -> None:
     """Counts, places and indices are the spec's, and what a random cell reads is what the spec reads there."""
@@ -119,7 +119,7 @@ def test_layouts(trace_map: Any, config: ModelConfig, prompt: int, output: int, 
     assert trace_map.index_of(dimensions, prompt, output, *where) == index
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(CONFIGS, st.integers(1, 100), st.integers(1, 100), st.randoms(use_true_random=False))
 def test_steps_of_any_model(contract: Any, config: ModelConfig, prompt: int, output: int, rng: random.Random) -> None:
     layout = Layout(config, prompt, output)

@@ -123,7 +123,7 @@ claims = st.tuples(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(claims)
 def test_random_claims(held: Any, contract: Any, drawn: tuple[Any, ...]) -> None:
     compare(held, contract, *drawn)
@@ -131,7 +131,7 @@ def test_random_claims(held: Any, contract: Any, drawn: tuple[Any, ...]) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(claims)
 def test_many_random_claims(held: Any, contract: Any, drawn: tuple[Any, ...]) -> None:
     compare(held, contract, *drawn)
@@ -408,7 +408,7 @@ def test_constructor(held: Any) -> None:
             system.load(DISPUTES / "Scoring.vy", *arguments)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**64))
 def test_random_changes(held: Any, contract: Any, sound: tuple[Answered, Claim], seed: int) -> None:
     """A field or byte of a right claim changed at random: both refuse, or both score the same."""
@@ -593,7 +593,7 @@ def test_noise_of_every_magnitude(held: Any) -> None:
     assert held.gumbels(bits) == [sampler.gumbel(b) for b in bits]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.binary(min_size=32, max_size=32))
 def test_seed(held: Any, client_seed: bytes) -> None:
     request = answered(random.Random(1), 1, request_changes={"client_seed": client_seed}).request

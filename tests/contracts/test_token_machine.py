@@ -120,4 +120,4 @@ class TokenMachine(RuleBasedStateMachine):
 
 def test_token_machine() -> None:
     deployed()  # outside the runs, each of which is undone
-    run_state_machine_as_test(TokenMachine, settings=settings(max_examples=12, stateful_step_count=20, deadline=None))
+    run_state_machine_as_test(TokenMachine, settings=settings(max_examples=12, stateful_step_count=20))

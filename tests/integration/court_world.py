@@ -34,7 +34,7 @@ from poip_chain.service.court.view import Accused, CourtView
 from poip_chain.service.engine.model import prepare
 from poip_chain.service.node.receipts import unpack
 from poip_chain.spec.accusation import Claim, Point, Points
-from poip_chain.spec.dispute import LEVELS, Node
+from poip_chain.spec.dispute import LEVELS, Node, asked_cell
 from poip_chain.spec.merkle import merkle_proof
 from poip_chain.spec.objects import Batch, Receipt, Request, SamplingParams
 from poip_chain.spec.transcript import Transcript
@@ -154,7 +154,10 @@ class Accuser:
             ids, leaves = (proof.ids, proof.ids_proof), (proof.leaves, proof.proof)
             return contests.show_point(contest, self.accused.terms, (self.points.margins, ()), ids, leaves)
         shown = self.player.reveal(cell, Node(level, index))
-        return contests.reveal(contest, shown) if level > LEVELS else contests.reveal_leaves(contest, b"".join(shown))
+        asked = asked_cell(contests.terms_hash(self.accused.terms), cell)
+        if level > LEVELS:
+            return contests.reveal(contest, asked, shown)
+        return contests.reveal_leaves(contest, asked, b"".join(shown))
 
     def resolve(self) -> None:
         """After the contest window."""

@@ -63,8 +63,9 @@ CHOSEN, WRONG = 10 * LOGIT, 40 * LOGIT
 """Logits of the token that was answered, and of the one that a cheat should have answered; all others are 0."""
 CONFIG = ModelConfig(64, 128, 2, 4, 2, 16, 1000, 256, 10**7, 10_000, bytes(32), True, False, False, False)
 SPEC = ModelSpec(b"w" * 32, b"t" * 32, b"c" * 32, CONFIG.config_hash())
-# Chain time runs with the wall clock at least: the window must outlast a test on a busy machine.
-WINDOWS = {"challenge_window": 200, "unbonding_period": 400, "thaw_period": 400}
+# Chain time runs with the wall clock at least: the window must outlast a test on a busy machine. Stake and escrow stay
+# in reach of the longest case.
+WINDOWS = {"challenge_window": 200, "unbonding_period": 600, "thaw_period": 600}
 INPUT_PRICE, OUTPUT_PRICE = 10**13, 3 * 10**13
 PARAMS = SamplingParams(0)
 

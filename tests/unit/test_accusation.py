@@ -49,7 +49,7 @@ def test_vectors_are_what_the_spec_gives() -> None:
 # The score of a whole answer, and of parts of it
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**64), st.sampled_from([0, 1, 700, 2000]))
 def test_terms_of_a_position_are_its_scores(seed: int, temperature: int) -> None:
     """The margin against the sampler's choice and the sum over all tokens are those of spec/scores.py."""
@@ -69,7 +69,7 @@ def test_terms_of_a_position_are_its_scores(seed: int, temperature: int) -> None
         assert accusation.margin_of(point, claimed, key, temperature) <= of_margin.value
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**64))
 def test_fewer_points_never_score_more(seed: int) -> None:
     rng = random.Random(seed)
@@ -148,7 +148,7 @@ def test_a_lonely_point_gives_way_to_one_in_a_leaf_that_is_brought_anyway() -> N
 terms = st.lists(st.tuples(st.integers(0, 99), st.integers(0, 3), st.integers(0, 160)), max_size=9)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(terms, terms)
 def test_no_shorter_list_convicts(first: list[tuple[int, int, int]], second: list[tuple[int, int, int]]) -> None:
     """Against all subsets: the list convicts, none shorter does, and there is one if all terms together convict."""

@@ -81,7 +81,7 @@ def found(honest: Data) -> Limits:
     st.integers(0, 40),
     st.integers(0, 40),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_raw_terms_make_the_scores_of_the_spec(
     logits: list[int], errors: list[int], chosen: int, temperature: int, zone: int, tolerance: int
 ) -> None:
@@ -108,7 +108,7 @@ def test_raw_terms_make_the_scores_of_the_spec(
     st.lists(st.integers(-9000, 9000), min_size=9, max_size=9),
     st.sampled_from([300, 1000, 2000]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_seed_gives_an_honest_engine_more_than_the_free_term(
     logits: list[int], errors: list[int], temperature: int
 ) -> None:

@@ -50,7 +50,7 @@ def test_clopper_pearson_against_published_values() -> None:
 
 
 @given(st.integers(0, 60), st.integers(1, 60))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_interval_holds_the_share_seen(k: int, n: int) -> None:
     k = min(k, n)
     low, high = clopper_pearson(k, n)
@@ -162,7 +162,7 @@ def test_floors_are_kept_and_nothing_comes_of_nothing() -> None:
 
 
 @given(st.floats(1e-12, 0.5), st.floats(1.01, 1000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_rarer_event_has_a_higher_limit(probability: float, factor: float) -> None:
     values = np.random.default_rng(8).exponential(1.0, 100)
     found = tail(values, one_each(values), [], 0.0, 1e-6, 0.01)

@@ -406,6 +406,7 @@ def test_sums_are_bounded_block_by_block_and_whole() -> None:
         ({"head_dim": 41}, "even"),
         ({"head_dim": 514}, "head_dim"),
         ({"num_kv_heads": 3}, "share"),
+        ({"num_heads": 512, "head_dim": 512}, "num_heads \\* head_dim"),
         ({"rms_norm_eps_e12": 0}, "rms_norm_eps_e12"),
         ({"rms_norm_eps_e12": 1, "head_dim": 2}, "QK-norm"),
         ({"max_positions": 2**17 + 1}, "max_positions"),

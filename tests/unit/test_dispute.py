@@ -23,7 +23,7 @@ from poip_chain.spec.dispute import (
 from poip_chain.spec.merkle import MAX_LEAVES, leaf_hash, merkle_levels
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(1, 5000), st.randoms(use_true_random=False))
 def test_every_descent_ends_at_its_leaf(count: int, rng: random.Random) -> None:
     leaves = [i.to_bytes(4, "big") for i in range(count)]

@@ -361,7 +361,7 @@ STEPS = st.one_of(
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(steps=st.lists(STEPS, max_size=30), confirmations=st.integers(0, 2), max_range=st.integers(1, 5))
 def test_what_is_reported_adds_up_to_the_chain(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int]], confirmations: int, max_range: int

@@ -212,7 +212,7 @@ def random_place(layout: Layout, rng: random.Random) -> tuple[Op, int, int, int]
     return tensor.op, tensor.layer, rng.randrange(tensor.rows), rng.randrange(tensor.columns)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(CONFIGS, st.sampled_from([3, 8, 36]), st.randoms(use_true_random=False))
 def test_a_false_element_and_all_that_follows_from_it(config: ModelConfig, positions: int, rng: random.Random) -> None:
     honest = player(config, positions)
@@ -224,7 +224,7 @@ def test_a_false_element_and_all_that_follows_from_it(config: ModelConfig, posit
     assert isinstance(move, Finish) == is_opened(honest.layout, move.step.cell)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(CONFIGS, st.sampled_from([3, 36]), st.integers(1, 6), st.randoms(use_true_random=False))
 def test_false_leaves_alone(config: ModelConfig, positions: int, lies: int, rng: random.Random) -> None:
     """Several false leaves, padding among what is false: the first one is found."""
@@ -245,7 +245,7 @@ def test_false_leaves_alone(config: ModelConfig, positions: int, lies: int, rng:
 OPENED = [Op.Q, Op.K, Op.V, Op.ATTENTION, Op.MIDDLE, Op.GATE, Op.UP, Op.OUTPUT, Op.LOGITS]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(CONFIGS, st.sampled_from(OPENED), st.randoms(use_true_random=False))
 def test_a_false_place_in_a_cells_own_tree(config: ModelConfig, op: Op, rng: random.Random) -> None:
     """The rest of the tree and the cell follow from the false place: the step is there, or in the cell if it hides it."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from poip_chain.economic.locks import LockTerms
@@ -156,7 +156,6 @@ JSON_VALUES = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(JSON_VALUES)
 def test_any_json_is_refused_properly(value: Any) -> None:
     for parse in (parse_submission, lambda v: parse_voucher(v, flat=False), lambda v: parse_voucher(v, flat=True)):
@@ -164,7 +163,6 @@ def test_any_json_is_refused_properly(value: Any) -> None:
             parse(value)
 
 
-@settings(deadline=None)
 @given(st.sampled_from(["request", "params", "signature", "prompt_ids"]), JSON_VALUES)
 def test_any_part_may_be_wrong(part: str, value: Any) -> None:
     body = copy.deepcopy(CLIENT.body(nonce=bytes(32)))

@@ -266,7 +266,7 @@ def test_fingerprint_rules(position: tuple[tuple[int, int], ...], fault: Fault |
     assert found == ([TranscriptFault(fault, Part.FINGERPRINT, 1)] if fault else [])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(fault_cases.cases(spoil_most=3))
 def test_no_value_makes_a_receipt_rule_fail(case: Case) -> None:
     receipt_fault(case.receipt, case.request, case.params, PROFILE, case.batch)
@@ -275,7 +275,7 @@ def test_no_value_makes_a_receipt_rule_fail(case: Case) -> None:
     transcript_faults(case.receipt, case.request, case.params, PROFILE, case.transcript)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(fault_cases.cases(spoil_most=0))
 def test_what_is_right_beside_its_batch_is_right_alone(case: Case) -> None:
     """A batch only adds rules."""
@@ -284,7 +284,7 @@ def test_what_is_right_beside_its_batch_is_right_alone(case: Case) -> None:
     assert committed is not None or alone is None
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(fault_cases.leaf_cases())
 def test_no_value_makes_a_leaf_rule_fail(found: tuple[Case, Part, int, bytes]) -> None:
     case, part, index, leaf = found

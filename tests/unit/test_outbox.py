@@ -389,7 +389,7 @@ EVENTS = st.sampled_from(
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(events=st.lists(EVENTS, max_size=40))
 def test_every_intent_is_mined_exactly_once(tmp_path_factory: pytest.TempPathFactory, events: list[str]) -> None:
     chain, clock = FakeChain(), Clock()

@@ -16,7 +16,7 @@ from poip_chain.spec import sampler, scores
 SEED = b"\x09" * 32
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(12, 400),
     st.integers(1, 4),

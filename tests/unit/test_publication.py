@@ -49,7 +49,7 @@ def test_a_part_counts_once_it_is_whole() -> None:
 
 
 @given(st.integers(1, 700), st.integers(0, 300), st.randoms(use_true_random=False))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_what_is_assembled_is_the_original(prompt: int, output: int, order: random.Random) -> None:
     found = record(prompt, output)
     answers = list(published(found).items())

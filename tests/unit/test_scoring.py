@@ -73,7 +73,7 @@ def stated_positions(draw: st.DrawFn) -> tuple[int, tuple[tuple[int, int], ...]]
 
 
 @given(logit_rows, stated_positions(), st.sampled_from([0, 100, 700, 2000]), st.binary(min_size=32, max_size=32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_full_rows_score_as_the_spec_does(
     logits: list[int], position: tuple[int, tuple[tuple[int, int], ...]], temperature: int, client_seed: bytes
 ) -> None:
@@ -89,7 +89,7 @@ def test_full_rows_score_as_the_spec_does(
 
 
 @given(logit_rows, stated_positions(), st.sampled_from([0, 700]), st.integers(9, VOCABULARY - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_row_of_listed_tokens_never_scores_higher(
     logits: list[int], position: tuple[int, tuple[tuple[int, int], ...]], temperature: int, size: int
 ) -> None:

@@ -138,7 +138,7 @@ def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
 
 
 @given(text=st.text(max_size=60))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_streamed_text_is_the_whole_text(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode_text(text)
     detokenizer = tokenizer.detokenizer()
@@ -150,7 +150,7 @@ def test_streamed_text_is_the_whole_text(tokenizer: Tokenizer, text: str) -> Non
 
 
 @given(ids=st.lists(st.integers(0, 258), max_size=MAX_HELD_TOKENS))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_ids_stream_to_what_they_decode_to(tokenizer: Tokenizer, ids: list[int]) -> None:
     detokenizer = tokenizer.detokenizer()
     assert "".join([*map(detokenizer.push, ids), detokenizer.finish()]) == tokenizer.decode(ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from poip_chain.errors import InvalidInput
 from poip_chain.spec import weights as w
 from poip_chain.spec.objects import ModelConfig
 from poip_chain.spec.referee import AttentionCell, Cell, Referee, SumCell, weight_row
-from poip_chain.spec.trace import LEAF_BYTES, WIDE, Layout, Op, decode, encode, trace_root
+from poip_chain.spec.trace import LEAF_BYTES, WIDE, Layout, Op, check_context, decode, encode, trace_root
 from tests.support.trace_inputs import TraceInputs
 from tests.vectors.generate_canonical import (
     EIGHT_B,
@@ -235,6 +236,20 @@ def test_real_layouts_have_the_published_sizes() -> None:
     """docs/court.md quotes these."""
     assert [Layout(SMOLLM, n - 63, 64).count for n in (128, 512)] == [1_363_712, 5_156_096]
     assert Layout(EIGHT_B, 449, 64).count < 2**27
+
+
+def test_a_context_whose_traces_no_tree_holds_is_refused() -> None:
+    """To the token: the contract refuses such a trace, so an answer of that length could not be accused."""
+    long = dataclasses.replace(EIGHT_B, max_positions=2**17)
+    for fine in (1, 2, 8192):
+        check_context(long, fine)
+    with pytest.raises(InvalidInput, match="max_context can be up to") as refused:
+        check_context(long, 2**17)
+    longest = int(re.search(r"up to (\d+)\.", str(refused.value))[1])  # type: ignore[index]
+    check_context(long, longest)
+    Layout(long, 1, longest - 1)
+    with pytest.raises(InvalidInput, match=rf"up to {longest}\."):
+        check_context(long, longest + 1)
 
 
 def test_leaves_are_128_bytes_and_nothing_else_is_accepted() -> None:

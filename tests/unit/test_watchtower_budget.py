@@ -148,7 +148,7 @@ def test_reservations_side_by_side_stay_within_the_loss_budget(tmp_path: Path) -
 
 
 @given(st.lists(st.tuples(st.integers(1, DAY), st.integers(0, WINDOW)), max_size=25))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_period_sees_more_taken_than_the_budget(challenges: list[tuple[int, int]]) -> None:
     """Challenges some time apart, each answered after a while of the node's choice."""
     store = WatchtowerStore(Path(":memory:"))

@@ -124,7 +124,7 @@ operations = st.lists(
 
 
 @given(operations)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_whatever_happens_the_budget_is_not_exceeded(steps: list[tuple[str, int, int]]) -> None:
     store = WatchtowerStore(Path(":memory:"))
     try:

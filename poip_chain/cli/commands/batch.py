@@ -73,8 +73,10 @@ def show(context: Context, batch_id: int) -> None:
     batch, locator = found
     beacon = log.beacon_of(batch)
     selected = audit_indices(beacon, batch.id, batch.count, batch.audit_rate_ppm) if beacon else None
+    window_end = log.window_end_of(batch)
     data = {
         **_data(batch, log.status_of(batch)),
+        "window_extended_to": window_end if window_end > batch.window_end else None,
         "locator": locator,
         "open_cases": log.open_cases(batch_id),
         "beacon": "0x" + beacon.hex() if beacon else None,
@@ -92,6 +94,7 @@ def show(context: Context, batch_id: int) -> None:
             "audit_rate_ppm": format_ppm(batch.audit_rate_ppm),
             "committed_at": when(batch.committed_at),
             "window_end": when(batch.window_end),
+            "window_extended_to": when(window_end) if window_end > batch.window_end else "not extended",
             "beacon": data["beacon"] or "not submitted yet",
             "selected": "unknown until the beacon" if selected is None else ", ".join(map(str, selected)),
         }

@@ -37,6 +37,7 @@ def register(context: Context, directory: Path, profile: Path | None, max_contex
     """
     from poip_chain.economic.profiles import model_profile
     from poip_chain.service.engine.model import prepare
+    from poip_chain.spec.trace import check_context
 
     with output.progress(f"reading {directory}") as show:
         hashes = prepare(directory, show)
@@ -46,6 +47,7 @@ def register(context: Context, directory: Path, profile: Path | None, max_contex
         if profile is not None
         else model_profile(hashes.config, hashes.end_token_ids, min(max_context, hashes.config.max_positions))
     )
+    check_context(hashes.config, wanted.max_context)
     model_id = hashes.model_id
     calls, count = [], models.profile_count(model_id) if model_id in models.model_ids() else None
     if count is None:

@@ -13,6 +13,7 @@ from poip_chain.cli.context import AMOUNT, Context, command_context, key_context
 from poip_chain.cli.main import group
 
 MAX_RECEIPT_FILE_BYTES = 64 * 1024
+SCORES = {"margin_sum": output.logits, "margin_max": output.logits, "fingerprint_sum": output.nats}
 
 command = group("watch", "Follow batches, audit what is selected, act on what is wrong.")
 
@@ -141,7 +142,7 @@ def status(context: Context) -> None:
                 (
                     a.batch_id, a.position, nodes.get(a.batch_id, "?"),
                     a.detail.get(NOTE, a.verdict or a.state),
-                    a.detail.get("margin_sum"), a.detail.get("margin_max"), a.detail.get("fingerprint_sum"), a.evidence,
+                    *(unit(a.detail[name]) if name in a.detail else None for name, unit in SCORES.items()), a.evidence,
                 )
                 for a in audits
             ],

@@ -125,10 +125,14 @@ class Trials:
             self._ended(accusation, accuser, what, None)
             return
         points = len(accused.margins) + len(accused.fingerprints)
+        scored = (
+            "1 logit of its trace, which convicts if it is"
+            if points == 1
+            else f"{points} logits of its trace, which convict if they are"
+        )
         self._tell(
             f"revealed {accusation.id}",
-            f"{what}: receipt {accused.index}; the contract scored {points} {'logit' if points == 1 else 'logits'} of its "
-            "trace, which convict if they are true",
+            f"{what}: receipt {accused.index}; the contract scored {scored} true",
         )
         record = self._view.record(accusation.id)
         for contest in record.contests:

@@ -225,13 +225,13 @@ class Contests(ContractClient):
             *(ids[0], list(ids[1]), leaves[0], list(leaves[1])),
         )
 
-    def reveal(self, contest: int, nodes: Sequence[bytes]) -> Call:
-        """Show the nodes six levels below where a contest stands."""
-        return self.call("reveal", contest, list(nodes))
+    def reveal(self, contest: int, asked: bytes, nodes: Sequence[bytes]) -> Call:
+        """Show the nodes six levels below where a contest stands. asked: `spec.dispute.asked_cell`, 32 bytes."""
+        return self.call("reveal", contest, asked, list(nodes))
 
-    def reveal_leaves(self, contest: int, leaves: bytes) -> Call:
-        """Show the leaves below where a contest stands."""
-        return self.call("reveal_leaves", contest, leaves)
+    def reveal_leaves(self, contest: int, asked: bytes, leaves: bytes) -> Call:
+        """Show the leaves below where a contest stands. asked: `spec.dispute.asked_cell`, 32 bytes."""
+        return self.call("reveal_leaves", contest, asked, leaves)
 
     def pick(self, contest: int, index: int, node: bytes, path: Sequence[bytes]) -> Call:
         """Name the first shown node that differs."""
