@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from poip_chain.chain.deployment import DeploymentSettings
@@ -11,8 +12,11 @@ from poip_chain.economic.money import TOKEN
 from poip_chain.economic.parameters import DEVNET_PARAMETERS, PARAMETERS, with_values
 from poip_chain.errors import InvalidInput
 from poip_chain.spec.objects import ModelConfig, Profile, ThresholdRow
+from poip_chain.spec.strict_json import parse_json
 from poip_chain.spec.types import Address
 
+CALIBRATED = Path(__file__).parent / "calibrated"
+"""Profiles that `poip model calibrate` made, by model id; docs/calibration.md says where their scores are."""
 PROFILES = ("devnet", "standard")
 DEVNET_ACCOUNTS = 10
 DEVNET_GRANT = 1_000_000 * TOKEN
@@ -82,6 +86,22 @@ def model_profile(
             for tokens, per_token in ((16, 40), (64, 24), (256, 16), (1024, 12))
         ),
     )
+
+
+def registered_profile(
+    model_id: bytes, config: ModelConfig, end_token_ids: Sequence[int], max_context: int, dtype: str = "bfloat16"
+) -> Profile:
+    """What to register a model with: the calibrated profile that ships with the package, else `model_profile`.
+
+    A context shorter than the calibrated one is as safe: limits were made for the longest answer.
+    """
+    path = CALIBRATED / f"{model_id.hex()}.json"
+    if not path.is_file():
+        return model_profile(config, end_token_ids, max_context, dtype)
+    shipped = profile_from_json(parse_json(path.read_bytes()))
+    if shipped.dtype != dtype:
+        return model_profile(config, end_token_ids, max_context, dtype)
+    return dataclasses.replace(shipped, max_context=min(max_context, shipped.max_context))
 
 
 def profile_to_json(profile: Profile) -> dict[str, Any]:

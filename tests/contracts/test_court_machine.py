@@ -232,7 +232,5 @@ class CourtMachine(RuleBasedStateMachine):
 
 def test_court_machine() -> None:
     deployed()  # outside the runs, each of which is undone
-    checked = settings(
-        max_examples=8, stateful_step_count=25, suppress_health_check=[HealthCheck.too_slow]
-    )
+    checked = settings(max_examples=8, stateful_step_count=25, suppress_health_check=[HealthCheck.too_slow])
     run_state_machine_as_test(CourtMachine, settings=checked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from poip_chain.canonical.moves import Finish, Game, MakeStep, OpenCell, Pick, Player
 from poip_chain.canonical.trace import Trace
 from poip_chain.errors import InvalidInput
-from poip_chain.spec.dispute import Node, asked_cell
+from poip_chain.spec.dispute import Descent, Node, asked_cell, cell_number
 from poip_chain.spec.merkle import merkle_root
 from poip_chain.spec.objects import ModelConfig
 from poip_chain.spec.referee import LINEAR, Cell, Referee
@@ -20,6 +21,7 @@ from tests.contracts.court import ACCUSED, LOST, Court, deploy_court
 from tests.support.lying_trace import Changes, Lie, LyingTrace, changed_leaf, consistent_lie, model, weight_tree
 from tests.support.tellings import Story, Telling, story
 from tests.vectors.generate_canonical import ODD
+from tests.vectors.generate_numeric import TINY
 
 DISPUTES = system.CONTRACTS / "disputes"
 RNG = random.Random(12)
@@ -206,6 +208,33 @@ def test_whole_contests(court: Court, told: Story, op: Op) -> None:
     assert (truth.root, liar.root) == (Telling(told).root, Telling(told, changed).root)
     driven(court, court.contest(good), truth, liar)
     driven(court, court.contest(bad), liar, truth)
+    assert (court.status(good), court.status(bad)) == (ACCUSED, LOST)
+    court.check_books()
+
+
+@pytest.mark.slow
+def test_a_cells_own_tree_takes_a_descent() -> None:
+    """Keys by the hundred: the tree of an attention cell has more than 64 leaves, so nodes are shown in it before leaves."""
+    config = replace(TINY, max_positions=1024, num_layers=1)
+    prompt = tuple(RNG.randrange(config.vocab_size) for _ in range(680))
+    output = (5, 3)
+    truth = player(None, config, prompt, output)
+    told = Story(config, prompt, output, tuple(truth.trace.leaf(i) for i in range(truth.layout.count)))
+    court = deploy_court(told)
+    cell = some_cell(truth, Op.ATTENTION)
+    parts = Referee(truth.layout, truth.trace).attention_parts(cell)
+    assert parts.count > 64
+    lie = consistent_lie(truth.trace, cell, parts.weights + 3, 1, 1)
+    liar = player(lie, config, prompt, output)
+    committed = court.serve(2, "node of a long answer")
+    good, bad = court.accuse(committed, Telling(told)), court.accuse(committed, Telling(told, lie.leaves), index=1)
+    assert Telling(told, lie.leaves).root == liar.root
+    number = cell_number(cell.index, cell.element)
+    for accusation, accuser, contester in ((good, truth, liar), (bad, liar, truth)):
+        driven(court, court.contest(accusation), accuser, contester)
+        root, below = Descent(parts.count).root, Descent(parts.count).shown(Descent(parts.count).root)
+        assert court.contests.shown_at(accusation, number, root.level, root.index)
+        assert any(court.contests.shown_at(accusation, number, node.level, node.index) for node in below)
     assert (court.status(good), court.status(bad)) == (ACCUSED, LOST)
     court.check_books()
 
