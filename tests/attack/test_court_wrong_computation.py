@@ -190,15 +190,9 @@ def with_other_ids(world: World) -> Claimed:
 Make = Callable[[World], Claimed]
 CONVICTED_BY_ONE_RECEIPT: dict[str, Make] = {
     "int4 weights": lambda world: named(world, "int4"),
-    "one layer dropped": lambda world: named(world, "drop-1"),
     "a cheaper model": lambda world: named(world, "drop-half"),
     "a cheaper model with an honest prefill": lambda w: with_honest_prefill(w, named(w, "drop-half")),
-    "weights perturbed by 5 %": lambda world: named(world, "noise-5"),
-    "an edited prompt": lambda world: named(world, "edited-prompt"),
     "a cached answer": lambda world: named(world, "other-prompt"),
-    "a wrong seed": lambda world: named(world, "wrong-seed"),
-    "an early stop": stopped_early,
-    "one flipped token": with_one_flip,
     "fingerprint ids chosen to hide": with_other_ids,
 }
 CLEARED: dict[str, Make] = {
@@ -206,9 +200,15 @@ CLEARED: dict[str, Make] = {
     "int8 weights": lambda world: named(world, "int8"),
     "fp8 weights": lambda world: named(world, "fp8"),
     "weights perturbed by 1 %": lambda world: named(world, "noise-1"),
+    "weights perturbed by 5 %": lambda world: named(world, "noise-5"),
+    "one layer dropped": lambda world: named(world, "drop-1"),
+    "an edited prompt": lambda world: named(world, "edited-prompt"),
+    "a wrong seed": lambda world: named(world, "wrong-seed"),
     "a slightly wrong temperature": lambda world: named(world, "temperature-0.8"),
+    "an early stop": stopped_early,
+    "one flipped token": with_one_flip,
 }
-"""What one receipt does not convict: too few points of a claim pass a limit, or none do."""
+"""What one receipt of this length does not convict: too few points of a claim pass a limit, or none do."""
 
 
 # On trial

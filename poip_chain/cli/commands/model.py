@@ -23,7 +23,7 @@ MAX_PROFILE_BYTES = 64 * 1024
 
 @command.command("register")
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--profile", type=click.Path(path_type=Path), help="Profile as JSON; default: uncalibrated limits.")
+@click.option("--profile", type=click.Path(path_type=Path), help="Profile as JSON; default: the default model's.")
 @click.option(
     "--max-context", type=click.IntRange(1), default=2048, show_default=True, help="Tokens; without --profile."
 )
@@ -35,12 +35,17 @@ def register(context: Context, directory: Path, profile: Path | None, max_contex
     By the owner of the model registry only: the list of models is an allow-list. A model that is registered already
     with the same profile is left as it is.
     """
-    from poip_chain.economic.profiles import model_profile
+    from poip_chain.economic.profiles import CALIBRATED_MODEL, model_profile
     from poip_chain.service.engine.model import prepare
     from poip_chain.spec.trace import check_context
 
     with output.progress(f"reading {directory}") as show:
         hashes = prepare(directory, show)
+    if profile is None and hashes.model_id != CALIBRATED_MODEL:
+        output.note(
+            "The score limits are those that were measured for the default model. By limits that are too narrow for this "
+            "one an honest node loses its stake: `poip model calibrate` makes a --profile."
+        )
     models = context.network.models
     wanted = (
         _read_profile(profile)
