@@ -39,7 +39,7 @@ SAMPLING: dict[str, Any] = {"max_tokens": 48, "temperature": 0.7, "extra_body": 
 FIRST_QUESTIONS = 8
 MAX_QUESTIONS = 60
 ENOUGH_FOR_THE_CHEAT = 2
-"""Batches that the cheat must have committed: it answers for its first audited transcript and withholds the next."""
+"""Answers that the cheat must have given: it answers for its first audited transcript and withholds the next."""
 POLL_SECONDS = 1.0
 
 
@@ -78,7 +78,8 @@ class Scenario:
             self._tell_chain()
             if self._pulse.quiet_for > QUIET_SECONDS / 2:
                 self._tell_awaited()
-            if asked < MAX_QUESTIONS and not self._trials.busy() and self._traffic_needed(asked):
+            self._end_the_jail()
+            if asked < MAX_QUESTIONS and self._may_ask() and self._traffic_needed(asked):
                 self._ask(next(questions), stream=asked % 2 == 0)
                 asked += 1
             else:
@@ -120,6 +121,24 @@ class Scenario:
             f"fee {format_amount(int(receipt['fee']))}{', streamed' if stream else ''}"
         )
 
+    def _may_ask(self) -> bool:
+        """Whether the machine is free for questions: traces are computed against the clock, but a cheat that is convicted
+        for its first answer before it gave a second one has nothing to withhold."""
+        return self._progress.answers.get(self._cheat().name, 0) < ENOUGH_FOR_THE_CHEAT or not self._trials.busy()
+
+    def _end_the_jail(self) -> None:
+        """Convicted for its computation, the cheat goes on as soon as it may, unless it has withheld by then."""
+        cheat, now = self._cheat(), self._network.chain.timestamp()
+        until = self._network.registry.info(cheat.node_key.address).jailed_until
+        if 0 < until <= now and not self._withheld() and f"unjailed {until}" not in self._progress.told:
+            with self._local.outbox(cheat.operator) as outbox:
+                outbox.execute(self._network.registry.unjail(cheat.node_key.address), f"unjail:{until}")
+            self._once(self._progress.told, f"unjailed {until}", "the cheat's operator ends its jail, and serves on")
+
+    def _withheld(self) -> bool:
+        """Whether the cheat did not hand over a transcript that was asked for."""
+        return any(a.verdict == "withheld" or a.state == "challenged" for _, a in self._audits_of(self._cheat()))
+
     def _traffic_needed(self, asked: int) -> bool:
         """Whether the cheat has too few batches, or an honest node none to live by or to be accused of: then more
         questions are asked."""
@@ -131,8 +150,7 @@ class Scenario:
         cheat = self._cheat()
         if self._convicted(cheat) or self._network.registry.info(cheat.node_key.address).jailed_until:
             return any(not committed[node.name] for node in self._honest())
-        withheld = any(a.verdict == "withheld" or a.state == "challenged" for _, a in self._audits_of(cheat))
-        return not withheld or any(not committed[node.name] for node in self._honest())
+        return not self._withheld() or any(not committed[node.name] for node in self._honest())
 
     # the chain
 
