@@ -23,8 +23,6 @@ from poip_chain.errors import ConfigurationError, Unavailable
 STOP_SECONDS = 15.0
 """A process that has not ended this long after SIGTERM is killed."""
 LOG_TAIL_LINES = 15
-
-
 THRIFTY = {"MALLOC_ARENA_MAX": "2"}
 """Many processes share one machine: glibc's arena for each thread takes a tenth of a gigabyte more of an engine."""
 
