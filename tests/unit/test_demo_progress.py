@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -102,18 +102,38 @@ class Stage(Scenario):
                 yield number, SimpleNamespace(position=0, state="done", verdict=verdict, detail={})
 
 
-def stage(pulse: Pulse, monkeypatch: pytest.MonkeyPatch) -> Stage:
+class Outbox:
+    """Notes what is sent."""
+
+    sent: ClassVar[list[tuple[str, str]]] = []
+
+    def __enter__(self) -> Outbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def execute(self, call: str, intent: str) -> None:
+        self.sent.append((call, intent))
+
+
+def stage(pulse: Pulse, monkeypatch: pytest.MonkeyPatch, jailed_until: int = 0) -> Stage:
     trials = SimpleNamespace(step=lambda: None, open_ends=lambda: [], busy=lambda: False)
     monkeypatch.setattr(scenario, "Trials", lambda *_: trials)
     monkeypatch.setattr(scenario, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(scenario, "QUIET_SECONDS", 0.02)
     nodes = [
-        SimpleNamespace(name=name, node_key=SimpleNamespace(address=address), degradation=degradation)
+        SimpleNamespace(name=name, operator=name, node_key=SimpleNamespace(address=address), degradation=degradation)
         for name, address, degradation in (("bravo", HONEST, ""), ("cheat", CHEAT, "int4"))
     ]
-    local: Any = SimpleNamespace(nodes=nodes, directory=Path("x"), supervisor=SimpleNamespace(check=lambda: None))
+    local: Any = SimpleNamespace(
+        nodes=nodes, directory=Path("x"), supervisor=SimpleNamespace(check=lambda: None), outbox=lambda _: Outbox()
+    )
+    registry = SimpleNamespace(
+        info=lambda _: SimpleNamespace(jailed_until=jailed_until), unjail=lambda node: f"unjail {node[:4]}"
+    )
     chain = SimpleNamespace(block_number=lambda: 143, timestamp=lambda: 1000)
-    network: Any = SimpleNamespace(deployment=SimpleNamespace(block=0), log=Log(), chain=chain)
+    network: Any = SimpleNamespace(deployment=SimpleNamespace(block=0), log=Log(), chain=chain, registry=registry)
     return Stage(local, network, pulse, 60)
 
 
@@ -149,3 +169,26 @@ def test_events_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     (fraud,) = [line for line in lines if line.startswith("batch 2: final")]
     assert honest == "batch 1: final, stake released"
     assert "verdict of fraud" in fraud and "evidence" in fraud and "court" in fraud
+
+
+@pytest.mark.parametrize(("jailed_until", "withheld", "ends"), [(900, False, 1), (1100, False, 0), (900, True, 0)])
+def test_a_cheat_that_is_convicted_too_early_serves_on(
+    monkeypatch: pytest.MonkeyPatch, jailed_until: int, withheld: bool, ends: int
+) -> None:
+    """It has a second transcript to withhold, else the demonstration would wait for that in vain."""
+    lines: list[str] = []
+    monkeypatch.setattr(Outbox, "sent", [])
+    play = stage(Pulse(lines.append), monkeypatch, jailed_until)
+    monkeypatch.setattr(play, "_withheld", lambda: withheld)
+    for _ in range(2):
+        play._end_the_jail()
+    assert Outbox.sent == [(f"unjail {CHEAT[:4]}", "unjail:900")] * ends
+    assert lines == ["the cheat's operator ends its jail, and serves on"] * ends
+
+
+def test_questions_go_on_until_the_cheat_has_answered_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    play = stage(Pulse(lambda _: None), monkeypatch)
+    monkeypatch.setattr(play._trials, "busy", lambda: True)
+    for answers, may in ((0, True), (1, True), (2, False)):
+        play._progress.answers["cheat"] = answers
+        assert play._may_ask() is may
