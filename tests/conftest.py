@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
 WITH_CONTRACTS = ("tests/contracts/", "tests/attack/")
@@ -15,9 +15,13 @@ APART = "tests/contracts/test_gas.py"
 # Files whose names have one of these words need the court's contracts too.
 COURT = ("referee", "scoring", "accusations", "contests", "court", "moves")
 
-# How long an example takes is the machine's business: a test that fails for it fails by chance.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+# Everybody runs the same examples, here and in CI, however slow the machine: no test passes or fails by chance.
+# `pytest --hypothesis-profile explore` draws new ones.
+settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("explore", settings.get_profile("repeatable"), derandomize=False)
+settings.load_profile("repeatable")
 
 
 class Shares(LoadScopeScheduling):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import boa
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
@@ -267,9 +267,9 @@ def test_payments(network: Network) -> None:
     PaymentMachine.network, PaymentMachine.seen = network, Counter()
     seen = PaymentMachine.seen
     # Rounds until the sequences have reached what matters, each often.
-    for _ in range(MOST_ROUNDS):
+    for number in range(MOST_ROUNDS):
         run_state_machine_as_test(
-            PaymentMachine,
+            seed(number)(PaymentMachine),
             settings=settings(
                 max_examples=15,
                 stateful_step_count=25,
