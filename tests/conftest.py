@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ WITH_CONTRACTS = ("tests/contracts/", "tests/attack/")
 APART = "tests/contracts/test_gas.py"
 # Files whose names have one of these words need the court's contracts too.
 COURT = ("referee", "scoring", "accusations", "contests", "court", "moves")
+
+# Loading a compiled contract makes a million objects that stay; by default half the time goes to looking for garbage
+# among them.
+gc.set_threshold(200_000, 50, 50)
 
 # Everybody runs the same examples, here and in CI, however slow the machine: no test passes or fails by chance.
 # `pytest --hypothesis-profile explore` draws new ones.

@@ -119,6 +119,7 @@ def test_a_false_leaf_loses(court: Court, committed: Committed, honest: Telling,
     refuses("court: not an open accusation", lambda: court.resolve(id, committed.batch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", [Op.ATTENTION, Op.MIDDLE, Op.LOGITS, Op.INPUT_SUM], ids=lambda op: op.name.lower())
 def test_more_than_one_block_of_everything(odd: Court, op: Op) -> None:
     """A larger model: two moves of hashes, sums of two segments, attention over two blocks. Both ways."""

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import boa
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -230,6 +231,7 @@ class CourtMachine(RuleBasedStateMachine):
         assert c.total_held() == c.to_burn() == self.court.network.token.balanceOf(c)
 
 
+@pytest.mark.slow
 def test_court_machine() -> None:
     deployed()  # outside the runs, each of which is undone
     checked = settings(max_examples=8, stateful_step_count=25, suppress_health_check=[HealthCheck.too_slow])

@@ -87,6 +87,7 @@ def somewhere(player: Player, op: Op) -> tuple[Op, int, int, int]:
     return op, 0, tensor.rows - 1 - tensor.rows // 12, tensor.columns - 1 - tensor.columns // 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", list(Op), ids=lambda op: op.name.lower())
 def test_a_false_element(referee: Any, honest: Player, op: Op) -> None:
     """One of every tensor, what follows recomputed: the liar loses as accuser and as contester."""

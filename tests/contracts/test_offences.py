@@ -156,6 +156,7 @@ def prove_transcript(network: Network, answer: Answer, evidence: Any, *leaf: Any
     )
 
 
+@pytest.mark.slow
 class TestEveryRule:
     """Deterministic sweeps that reach each fault code, so that the random comparisons above need not."""
 
@@ -253,6 +254,7 @@ class TestReceipts:
         with boa.reverts("evidence: sentenced already"):
             prove(network, answer, evidence)
 
+    @pytest.mark.slow
     def test_an_honest_node_is_never_convicted(self, network: Network, server: Server) -> None:
         for reason in FinishReason:
             answer = server.serve(CLIENT, reason=reason)

@@ -123,6 +123,7 @@ claims = st.tuples(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(claims)
 def test_random_claims(held: Any, contract: Any, drawn: tuple[Any, ...]) -> None:
@@ -408,6 +409,7 @@ def test_constructor(held: Any) -> None:
             system.load(DISPUTES / "Scoring.vy", *arguments)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.integers(0, 2**64))
 def test_random_changes(held: Any, contract: Any, sound: tuple[Answered, Claim], seed: int) -> None:

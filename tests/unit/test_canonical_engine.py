@@ -243,6 +243,7 @@ def slow_tree(config: ModelConfig, tokens: tuple[int, ...]) -> tuple[list[bytes]
     return leaves, merkle_levels(leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [2**30, 1])
 def test_every_node_and_leaf_opens(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all residual streams kept and with one; levels below and above those held in memory."""

@@ -207,7 +207,7 @@ class LedgerMachine(RuleBasedStateMachine):
         yield from map(_signed_voucher, rows)
 
 
-TestLedger = LedgerMachine.TestCase
+TestLedger = pytest.mark.slow(LedgerMachine.TestCase)
 TestLedger.settings = settings(max_examples=40, stateful_step_count=30, suppress_health_check=[HealthCheck.too_slow])
 
 

@@ -23,6 +23,7 @@ from poip_chain.spec.dispute import (
 from poip_chain.spec.merkle import MAX_LEAVES, leaf_hash, merkle_levels
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(st.integers(1, 5000), st.randoms(use_true_random=False))
 def test_every_descent_ends_at_its_leaf(count: int, rng: random.Random) -> None:

@@ -28,6 +28,7 @@ LLAMA3 = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "change"),
     [

@@ -245,6 +245,7 @@ def test_false_leaves_alone(config: ModelConfig, positions: int, lies: int, rng:
 OPENED = [Op.Q, Op.K, Op.V, Op.ATTENTION, Op.MIDDLE, Op.GATE, Op.UP, Op.OUTPUT, Op.LOGITS]
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(CONFIGS, st.sampled_from(OPENED), st.randoms(use_true_random=False))
 def test_a_false_place_in_a_cells_own_tree(config: ModelConfig, op: Op, rng: random.Random) -> None:

@@ -63,6 +63,7 @@ class _NoEncoding:
         return getattr(self._real, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
 def test_no_normal_form_shrinks_a_text_below_what_is_allowed_for(form: Any) -> None:
     """Every character of its own, and every composition: the most that a normalizer takes away."""
