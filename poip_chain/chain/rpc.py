@@ -9,6 +9,7 @@ import contextlib
 import re
 import threading
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -108,9 +109,17 @@ class Chain:
         if not url.startswith(("http://", "https://")):
             raise ConfigurationError(f"the RPC address must start with http:// or https://, not {url!r}.")
         self.url = url
+        self._state: BlockIdentifier = "latest"
         self._provider = _BoundedProvider(url, timeout)
         # Web3's other default layers look up ENS names and ask for the chain id again with every call.
         self.w3 = Web3(self._provider, middleware=[(AttributeDictMiddleware, "attrdict")], ens=cast(Any, None))
+
+    def at(self, number: int) -> Chain:
+        """This chain with its views pinned to the state after block `number`: what they answer belongs together, however
+        the chain goes on. Connections are shared."""
+        pinned = copy(self)
+        pinned._state = number
+        return pinned
 
     def close(self) -> None:
         """Close the connections. The object opens new ones if it is used again."""
@@ -203,12 +212,12 @@ class Chain:
         return cast(Contract, self.w3.eth.contract(address=cast(Any, address), abi=abi))
 
     def read(
-        self, function: ContractFunction, *, sender: Address | None = None, block: BlockIdentifier = "latest"
+        self, function: ContractFunction, *, sender: Address | None = None, block: BlockIdentifier | None = None
     ) -> Any:
         """The result of a view function. Raises TransactionFailed with the reason if it reverts."""
         parameters: TxParams = {"from": cast(Any, sender)} if sender else {}
         with self.errors():
-            return function.call(parameters, block_identifier=block)
+            return function.call(parameters, block_identifier=self._state if block is None else block)
 
     def simulate(self, call: Call, sender: Address, *, block: BlockIdentifier = "latest") -> bytes:
         """Run a call without sending it; the returned data. Raises TransactionFailed if it reverts."""

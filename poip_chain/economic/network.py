@@ -35,6 +35,10 @@ class Network:
         self.chain = chain
         self.deployment = deployment
 
+    def at(self, block: int) -> Network:
+        """The same contracts as they were after a block: for sums whose parts must belong together."""
+        return Network(self.chain.at(block), self.deployment)
+
     def check(self) -> None:
         """Raises ConfigurationError if the chain is another one, or is not the one that the deployment was made on."""
         self.deployment.check(self.chain)

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,12 +17,16 @@ from poip_chain.chain.devnet.testing import running_devnet
 from poip_chain.chain.keys import Key, development_key
 from poip_chain.chain.outbox import Outbox
 from poip_chain.chain.rpc import Chain
+from poip_chain.cli.local.network import GATEWAY, WATCHTOWER
+from poip_chain.cli.local.report import take
+from poip_chain.economic.clients.token import Token
 from poip_chain.economic.network import Network
 from poip_chain.economic.parameters import DEVNET_PARAMETERS, PARAMETERS
 from poip_chain.economic.profiles import DEVNET_GRANT, deployment_settings, model_profile
 from poip_chain.economic.types import BatchStatus
 from poip_chain.errors import ConfigurationError, NotFound, TransactionFailed
 from poip_chain.spec.objects import ModelConfig, ModelSpec, ProofOfPossession
+from poip_chain.spec.types import Address
 
 DEPLOYER = development_key(0)
 
@@ -299,3 +305,29 @@ def test_clients_round_trip(chain: Chain, network: Network, tmp_path: Path) -> N
         outbox.execute(network.log.finalize([batch]), "final")
     assert network.log.status_of(batch) is BatchStatus.FINAL
     assert registry.info(name).locked == 0
+
+
+def test_books_are_those_of_one_block(
+    network: Network, chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Money moves while the demonstration's books are read: nothing is counted twice."""
+    local: Any = SimpleNamespace(nodes=[])
+    payer, payee = development_key(GATEWAY), development_key(WATCHTOWER).address
+    before = take(local, network)
+    honest = Token.balance
+    with Outbox(chain, payer, tmp_path / "payer.db") as outbox:
+
+        def balance(token: Token, owner: Address) -> int:
+            found = honest(token, owner)
+            if owner == payer.address:
+                outbox.execute(network.token.transfer(payee, 7), "between two reads")
+            return found
+
+        monkeypatch.setattr(Token, "balance", balance)
+        during = take(local, network)
+    monkeypatch.undo()
+    assert during.holdings == before.holdings
+    after = take(local, network)
+    changes = {name: after.holdings[name].total - held.total for name, held in before.holdings.items()}
+    assert changes == {"gateway (client)": -7, "watchtower": 7, "liar": 0, "treasury": 0}
+    assert before.network.token.balance(payee) + 7 == network.token.balance(payee)

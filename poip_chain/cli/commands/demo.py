@@ -45,11 +45,11 @@ def command(context: Context, model: Path | None, directory: Path | None) -> Non
         local = LocalNetwork(place, pulse.tell)
         try:
             network = local.start(context.settings.data / "models", model)
-            before, supply = take(local, network), network.token.total_supply()
+            before = take(local, network)
             pulse.tell("asking questions through the OpenAI SDK")
             Scenario(local, network, pulse, TIME_LIMIT).run()
             memory = local.supervisor.peak_memory_bytes
-            report = reconcile(network, before, take(local, network), supply)
+            report = reconcile(before, take(local, network))
         finally:
             pulse.wait_for("all processes to stop")
             pulse.tell("stopping all processes")

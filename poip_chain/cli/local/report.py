@@ -33,8 +33,18 @@ class Holdings:
         return self.wallet + self.stake + self.escrow + self.earned + self.rewards + self.credits
 
 
-def take(local: LocalNetwork, network: Network) -> dict[str, Holdings]:
-    """The holdings of every actor right now."""
+@dataclass(frozen=True, slots=True)
+class Books:
+    """Every actor's holdings and all tokens in existence (wei) after one block, whose contracts `network` reads."""
+
+    network: Network
+    holdings: dict[str, Holdings]
+    supply: int
+
+
+def take(local: LocalNetwork, network: Network) -> Books:
+    """The books after the newest block. One block: the processes go on paying while they are read."""
+    network = network.at(network.chain.block_number())
     nodes = [node.node_key.address for node in local.nodes]
     actors: dict[str, tuple[Address, Address | None]] = {
         "gateway (client)": (development_key(GATEWAY).address, None),
@@ -44,7 +54,8 @@ def take(local: LocalNetwork, network: Network) -> dict[str, Holdings]:
     }
     for node in local.nodes:
         actors[node.name] = (node.operator.address, node.node_key.address)
-    return {name: _holdings(network, account, node, nodes) for name, (account, node) in actors.items()}
+    holdings = {name: _holdings(network, account, node, nodes) for name, (account, node) in actors.items()}
+    return Books(network, holdings, network.token.total_supply())
 
 
 def _holdings(network: Network, account: Address, node: Address | None, nodes: list[Address]) -> Holdings:
@@ -97,10 +108,11 @@ class Report:
         }
 
 
-def reconcile(network: Network, before: dict[str, Holdings], after: dict[str, Holdings], supply_before: int) -> Report:
+def reconcile(start: Books, end: Books) -> Report:
     """Compare books and chain. Raises IntegrityError with the sums if anything differs by a single wei."""
+    network, before, after = end.network, start.holdings, end.holdings
     token, registry, vault, availability = network.token, network.registry, network.vault, network.availability
-    burned = supply_before - token.total_supply()
+    burned = start.supply - end.supply
     rewards = sum(holdings.rewards for holdings in after.values())
     credits = sum(holdings.credits for holdings in after.values())
     in_court = network.accusations

@@ -27,7 +27,7 @@ class ContractClient:
         """The web3 contract, for events and for what no method here covers."""
         return self.chain.contract(self.NAME, self.address)
 
-    def read(self, function: str, *arguments: Any, block: BlockIdentifier = "latest") -> Any:
+    def read(self, function: str, *arguments: Any, block: BlockIdentifier | None = None) -> Any:
         """The result of a view as web3 decodes it (structs as tuples)."""
         return self.chain.read(self.contract.functions[function](*arguments), block=block)
 
