@@ -30,8 +30,8 @@ from poip_chain.service.engine.model import ModelHashes, prepare, prepare_defaul
 
 MODEL_NAME = "smollm2-135m-instruct"
 MAX_CONTEXT = 1024
-SEQUENCES = 4
-"""Requests that one engine runs at a time. Three engines with room for more would not fit into 10 GB."""
+SEQUENCES = 2
+"""Requests that one engine runs at a time. Three engines with room for more would not fit into 10 GB in float32."""
 STAKE = 1_000 * TOKEN
 INPUT_PRICE = 2 * 10**13
 OUTPUT_PRICE = 10**14

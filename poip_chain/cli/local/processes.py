@@ -124,13 +124,13 @@ class Supervisor:
         self._remember()
 
     def memory_bytes(self) -> int:
-        """Resident memory of all running programs and what they have started; shared pages count once (PSS)."""
+        """Resident memory of this process and all that it has started; shared pages count once (PSS)."""
         children: dict[int, list[int]] = {}
         for entry in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
                 parent = int(entry.read_text().rpartition(")")[2].split()[1])
                 children.setdefault(parent, []).append(int(entry.parent.name))
-        waiting = [process.pid for process in self._running.values()]
+        waiting = [os.getpid()]
         total = 0
         while waiting:
             pid = waiting.pop()
