@@ -372,6 +372,7 @@ class TestLateAnswer:
         with boa.reverts("availability: window is over"):
             challenge(full_audit, committed, Part.PROMPT)
 
+    @pytest.mark.slow
     @settings(max_examples=12)
     @given(plan=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=6), raised=st.booleans())
     def test_no_pair_keeps_a_batch_open_longer(

@@ -192,6 +192,7 @@ tables = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 2**64 - 1)), max_
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(tables, tables, st.lists(st.integers(0, 70), min_size=4, max_size=4))
 def test_limits_are_those_of_the_profile(

@@ -112,6 +112,7 @@ def test_false_padding(referee: Any, honest: Player, op: Op) -> None:
     assert (move.step.leaf, move.step.element, move.right, move.stated) == (leaf, count, 0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", [Op.V, Op.MIDDLE, Op.OUTPUT, Op.LOGITS], ids=lambda op: op.name.lower())
 def test_false_running_sums(referee: Any, honest: Player, op: Op) -> None:
     cell = some_cell(honest, op)
@@ -121,6 +122,7 @@ def test_false_running_sums(referee: Any, honest: Player, op: Op) -> None:
             assert move.step.values() == (cell.index, cell.element, True, 0, segment)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(5))
 def test_every_part_of_a_false_sub_trace(referee: Any, honest: Player, part: int) -> None:
     cell = some_cell(honest, Op.ATTENTION)

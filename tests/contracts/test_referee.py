@@ -140,6 +140,7 @@ def agree(contract: Any, opening: Opening) -> None:
         assert "referee: exponent is out of range" in str(error), opening.step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", list(Op), ids=lambda op: op.name.lower())
 def test_every_kind_of_cell(contract: Any, op: Op) -> None:
     """Random values in the shapes of an odd small model and of an 8-billion-parameter one with everything."""

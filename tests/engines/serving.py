@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import uvicorn
 
 
 class _Server(uvicorn.Server):
-    """Tells when it listens, instead of being asked again and again."""
+    """Tells when it listens and is told when to end, where uvicorn looks again and again."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -20,7 +21,16 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
         self.listening.set()
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        await self._ended.wait()
+
+    def end(self) -> None:
+        """From any thread, once it listens."""
+        self._loop.call_soon_threadsafe(self._ended.set)
 
 
 @contextmanager
@@ -40,11 +50,11 @@ def serving(app: Any, *, lifespan: str = "off") -> Iterator[str]:
     server = _Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
+    if not server.listening.wait(30):
+        raise RuntimeError("the test server did not start")
     try:
-        if not server.listening.wait(30):
-            raise RuntimeError("the test server did not start")
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
-        server.should_exit = True
+        server.end()
         thread.join(10)
         listener.close()
