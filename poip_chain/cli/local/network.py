@@ -19,13 +19,12 @@ from poip_chain.chain.deployment import Deployment, deploy
 from poip_chain.chain.keys import Key, create_development_key, development_key
 from poip_chain.chain.outbox import Outbox
 from poip_chain.chain.rpc import Call, Chain
-from poip_chain.cli.local.processes import Program, Supervisor, preferred_port
+from poip_chain.cli.local.processes import Program, Supervisor, in_own_process, preferred_port
 from poip_chain.economic.money import TOKEN
 from poip_chain.economic.network import Network
 from poip_chain.economic.onboarding import register_call, stake_call
 from poip_chain.economic.profiles import deployment_settings, model_profile
 from poip_chain.economic.types import Offer
-from poip_chain.service.engine.checkpoint import degrade
 from poip_chain.service.engine.model import ModelHashes, prepare, prepare_default
 
 MODEL_NAME = "smollm2-135m-instruct"
@@ -35,6 +34,7 @@ SEQUENCES = 2
 STAKE = 1_000 * TOKEN
 INPUT_PRICE = 2 * 10**13
 OUTPUT_PRICE = 10**14
+DEGRADATION = "int4"
 CHEAT_PRICE_PERCENT = 90
 """The cheat undercuts the others: that is what serving a cheaper model is for."""
 ESCROW_PER_NODE = 50 * TOKEN
@@ -98,8 +98,12 @@ class LocalNetwork:
         with ThreadPoolExecutor(1, "deploy") as beside:
             # Compiling the contracts takes half a minute of one core, preparing the model more than a minute of another.
             deployed = beside.submit(self._deploy, devnet)
-            true_model = self._prepare(models, model)
-            cheap_model = self._degraded(models, true_model)
+            true_model = (model or models / MODEL_NAME).absolute()
+            cheap_model = models / f"{true_model.name}-{DEGRADATION}"
+            self._tell(f"preparing the model {true_model.name}")
+            in_own_process(_make_models, true_model, model is None, cheap_model, tell=self._tell)
+            self.hashes = prepare(true_model)
+            self._tell(f"  model id 0x{self.hashes.model_id.hex()}")
             self._make_nodes(true_model, cheap_model)
             engines = [self._engine(node) for node in self.nodes]
             self._tell("starting three vLLM engines (they take one to three minutes)")
@@ -118,24 +122,9 @@ class LocalNetwork:
     def _ready(self, name: str, seconds: float) -> None:
         self._tell(f"  {name} is ready ({seconds:.0f} s)")
 
-    def _prepare(self, models: Path, model: Path | None) -> Path:
-        directory = (model or models / MODEL_NAME).absolute()
-        self._tell(f"preparing the model {directory.name}")
-        step: Tell = lambda text: self._tell(f"  {text}")  # noqa: E731
-        self.hashes = prepare(directory, step) if model else prepare_default(directory, step)
-        self._tell(f"  model id 0x{self.hashes.model_id.hex()}")
-        return directory
-
-    def _degraded(self, models: Path, true_model: Path) -> Path:
-        out = models / f"{true_model.name}-int4"
-        if not out.exists():
-            self._tell("degrading a copy of the model to int4, for the cheat")
-            degrade(true_model, out, "int4")
-        return out
-
     def _make_nodes(self, true_model: Path, cheap_model: Path) -> None:
         for number, (name, model, degradation) in enumerate(
-            (("alpha", true_model, ""), ("bravo", true_model, ""), ("cheat", cheap_model, "int4"))
+            (("alpha", true_model, ""), ("bravo", true_model, ""), ("cheat", cheap_model, DEGRADATION))
         ):
             self.nodes.append(
                 LocalNode(
@@ -280,6 +269,19 @@ class LocalNetwork:
             "nodes": {node.name: {"node": node.node_key.address, "url": node.url} for node in self.nodes},
         }
         (self.directory / "network.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def _make_models(true_model: Path, is_default: bool, cheap_model: Path, tell: Tell) -> None:
+    """Both model directories, as far as they are not there yet."""
+    from poip_chain.service.engine.checkpoint import degrade  # imports torch
+
+    def step(text: str) -> None:
+        tell(f"  {text}")
+
+    (prepare_default if is_default else prepare)(true_model, step)
+    if not cheap_model.exists():
+        tell(f"degrading a copy of the model to {DEGRADATION}, for the cheat")
+        degrade(true_model, cheap_model, DEGRADATION)
 
 
 def _coins(key: Key) -> Call:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -14,11 +15,13 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import httpx
 
-from poip_chain.errors import ConfigurationError, Unavailable
+from poip_chain.errors import ConfigurationError, PoipError, Unavailable
 
 STOP_SECONDS = 15.0
 """A process that has not ended this long after SIGTERM is killed."""
@@ -41,6 +44,43 @@ class Program:
     environment: dict[str, str] = field(default_factory=dict)
     ready_timeout: float = 60.0
     ends: bool = False
+
+
+def in_own_process(work: Callable[..., None], *arguments: Any, tell: Callable[[str], None]) -> None:
+    """Run `work(*arguments, tell)`, a module's function, in a process of its own: the memory it takes goes with it.
+
+    Raises the PoipError that it raises, and Unavailable if the process dies.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(sender, work, arguments), daemon=True)
+    failure: PoipError | None = None
+    try:
+        process.start()
+        sender.close()
+        with contextlib.suppress(EOFError):
+            while True:
+                said = receiver.recv()
+                if isinstance(said, PoipError):
+                    failure = said
+                else:
+                    tell(said)
+        process.join()
+    finally:
+        receiver.close()
+        process.kill()
+    if failure is not None:
+        raise failure
+    if process.exitcode:
+        raise Unavailable(f"{work.__name__.strip('_')} ended with code {process.exitcode}.", hint="Is memory short?")
+
+
+def _work(sender: Connection, work: Callable[..., None], arguments: Sequence[Any]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    try:
+        work(*arguments, sender.send)
+    except PoipError as error:
+        sender.send(error)
 
 
 class Supervisor:
