@@ -270,6 +270,9 @@ def deploy_court(told: Story, overrides: Mapping[str, int] | None = None, profil
 
     With a profile claims are scored by it, by the real contract.
     """
+    # The network's contracts last: the process that tests those compiles them at the same time.
+    for name in ("TraceMap", "Referee", "Accusations", "Contests"):
+        system.compiled(CONTRACTS / f"disputes/{name}.vy")
     network = deploy_network(overrides, seal=False)
     trace_map = system.load(CONTRACTS / "disputes/TraceMap.vy")
     referee = system.load(CONTRACTS / "disputes/Referee.vy", trace_map)

@@ -84,10 +84,16 @@ def credit(court: Court, who: Any) -> int:
     return int(court.accusations.credits(who.address))
 
 
-# Every kind of cell
+# Every kind of cell, some of them in a quick run too
+
+QUICK = (Op.EMBED, Op.ATTENTION, Op.LOGITS)
+EVERY_KIND = pytest.mark.parametrize(
+    "op",
+    [pytest.param(op, id=op.name.lower(), marks=() if op in QUICK else pytest.mark.slow) for op in Op],
+)
 
 
-@pytest.mark.parametrize("op", list(Op), ids=lambda op: op.name.lower())
+@EVERY_KIND
 def test_a_true_accusation_outlasts_a_false_contest(
     court: Court, committed: Committed, honest: Telling, op: Op
 ) -> None:
@@ -104,7 +110,7 @@ def test_a_true_accusation_outlasts_a_false_contest(
     assert court.accusations.to_burn() == bond - bond // 2
 
 
-@pytest.mark.parametrize("op", list(Op), ids=lambda op: op.name.lower())
+@EVERY_KIND
 def test_a_false_leaf_loses(court: Court, committed: Committed, honest: Telling, op: Op) -> None:
     """The accuser falsifies one cell; the trees of cells follow honestly from what stands before them."""
     id = court.accuse(committed, lying(honest, *place(honest, op)))

@@ -22,6 +22,9 @@ from poip_chain.spec.transcript import Transcript
 from tests.engines.node_kit import Kit, flat, key_of, request_hash
 from tests.engines.serving import serving
 
+# One client for all: reading the certificates of the public web, which nothing here needs, takes longer than a request.
+HTTP = httpx.Client(verify=False, limits=httpx.Limits(max_keepalive_connections=0))
+
 
 @pytest.fixture
 def kit(tmp_path: Path) -> Kit:
@@ -45,7 +48,7 @@ def events_of(text: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def post(url: str, body: Any) -> list[tuple[str, dict[str, Any]]]:
-    response = httpx.post(f"{url}/v1/requests", json=body, timeout=20)
+    response = HTTP.post(f"{url}/v1/requests", json=body, timeout=20)
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/event-stream")
     return events_of(response.text)
@@ -61,25 +64,25 @@ def test_a_request_streams_tokens_and_a_receipt(kit: Kit, url: str) -> None:
     receipt, transcript = Receipt.from_json(final["receipt"]), Transcript.from_json(final["transcript"])
     assert transcript.root() == receipt.transcript_root
     assert list(transcript.output_ids) == [data["id"] for _, data in events[:-1]]
-    found = httpx.get(f"{url}/v1/requests/0x{request_hash(body).hex()}").json()
+    found = HTTP.get(f"{url}/v1/requests/0x{request_hash(body).hex()}").json()
     assert found == {"receipt": final["receipt"], "signature": final["signature"]}
     assert post(url, body) == events[-1:]
 
 
 def test_info_health_and_metrics(kit: Kit, url: str) -> None:
     post(url, kit.client.body())
-    info = httpx.get(f"{url}/v1/info").json()
+    info = HTTP.get(f"{url}/v1/info").json()
     assert info["node"] == info["node_key"] == kit.key.address
     assert (info["next_seq"], info["running"], info["capacity"], info["chain_id"]) == (1, 0, 16, 31337)
     assert set(info["deployment"]) == {"log", "vault", "registry"}
     kit.node.jobs.step()
-    health = httpx.get(f"{url}/healthz")
+    health = HTTP.get(f"{url}/healthz")
     assert (health.status_code, health.json()["status"]) == (200, "ok")
     kit.chain.down = True
     kit.node.jobs.step()
-    health = httpx.get(f"{url}/healthz")
+    health = HTTP.get(f"{url}/healthz")
     assert (health.status_code, health.json()["status"]) == (503, "down")
-    text = httpx.get(f"{url}/metrics").text
+    text = HTTP.get(f"{url}/metrics").text
     names = {line.split("{")[0].split(" ")[0] for line in text.splitlines() if not line.startswith("#")}
     assert names and all(name.startswith("poip_node_") for name in names)
     assert "poip_node_receipts 1.0" in text and 'poip_node_requests_total{outcome="stop"} 1.0' in text
@@ -104,7 +107,7 @@ def test_info_health_and_metrics(kit: Kit, url: str) -> None:
 )
 @pytest.mark.parametrize("path", ["/v1/requests", "/v1/vouchers"])
 def test_hostile_bodies(kit: Kit, url: str, path: str, body: bytes, status: int) -> None:
-    response = httpx.post(url + path, content=body, timeout=20)
+    response = HTTP.post(url + path, content=body, timeout=20)
     assert response.status_code == status
     error = response.json()["error"]
     assert {"message", "type", "param", "code"} <= set(error)
@@ -131,7 +134,7 @@ def test_a_slow_body_is_given_up(tmp_path: Path) -> None:
         yield b"}"
 
     with serving(create_app(kit.node)) as url:
-        response = httpx.post(f"{url}/v1/requests", content=slow(), timeout=20)
+        response = HTTP.post(f"{url}/v1/requests", content=slow(), timeout=20)
     assert (response.status_code, response.json()["error"]["code"]) == (408, "slow_body")
 
 
@@ -147,20 +150,20 @@ def test_a_slow_body_is_given_up(tmp_path: Path) -> None:
     ],
 )
 def test_bad_paths(url: str, path: str) -> None:
-    response = httpx.get(url + path)
+    response = HTTP.get(url + path)
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize("path", ["/", "/v1/nothing", "/docs", "/openapi.json", "/v1/batches/7/receipts"])
 def test_unknown_paths(url: str, path: str) -> None:
-    response = httpx.get(url + path)
+    response = HTTP.get(url + path)
     assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
 
 
 def test_statuses_of_refusals(kit: Kit, url: str) -> None:
     def status(**changes: Any) -> tuple[int, str]:
-        response = httpx.post(f"{url}/v1/requests", json=kit.client.body(**changes), timeout=20)
+        response = HTTP.post(f"{url}/v1/requests", json=kit.client.body(**changes), timeout=20)
         return response.status_code, response.json()["error"]["code"]
 
     assert status(client=key_of("x").address) == (401, "invalid_signature")
@@ -172,12 +175,12 @@ def test_statuses_of_refusals(kit: Kit, url: str) -> None:
     kit.chain.state.escrow.clear()
     assert status() == (402, "insufficient_escrow")
     assert status(prompt=(1,) * 300, max_tokens=1) == (400, "context_length_exceeded")
-    assert 'poip_node_refusals_total{code="insufficient_escrow"} 1.0' in httpx.get(f"{url}/metrics").text
+    assert 'poip_node_refusals_total{code="insufficient_escrow"} 1.0' in HTTP.get(f"{url}/metrics").text
 
 
 def test_an_engine_failure_before_the_first_token_has_a_status(kit: Kit, url: str) -> None:
     kit.engine.fail_after = 0
-    response = httpx.post(f"{url}/v1/requests", json=kit.client.body(), timeout=20)
+    response = HTTP.post(f"{url}/v1/requests", json=kit.client.body(), timeout=20)
     assert response.status_code == 503 and response.headers["retry-after"] == "5"
 
 
@@ -207,9 +210,9 @@ def test_a_disconnect_cancels_and_the_receipt_is_kept(kit: Kit, url: str) -> Non
         seen = 0
         while seen < 3:
             seen += next(lines).startswith("event: token")
-        assert httpx.get(f"{url}/v1/requests/0x{request_hash(body).hex()}").status_code == 409
+        assert HTTP.get(f"{url}/v1/requests/0x{request_hash(body).hex()}").status_code == 409
     assert done.wait(10)
-    found = httpx.get(f"{url}/v1/requests/0x{request_hash(body).hex()}")
+    found = HTTP.get(f"{url}/v1/requests/0x{request_hash(body).hex()}")
     assert found.status_code == 200
     receipt: Receipt = Receipt.from_json(found.json()["receipt"])
     assert (receipt.finish_reason, receipt.output_tokens) == (2, 3)
@@ -231,10 +234,10 @@ def test_vouchers(kit: Kit, url: str) -> None:
     body = kit.client.body(voucher=flat(kit.client.voucher(5)))
     receipt = Receipt.from_json(post(url, body)[-1][1]["receipt"])
     voucher = kit.client.voucher(receipt.payer_cum, receipt)
-    assert httpx.post(f"{url}/v1/vouchers", json=voucher).status_code == 204
-    assert httpx.post(f"{url}/v1/vouchers", json=voucher).status_code == 204
+    assert HTTP.post(f"{url}/v1/vouchers", json=voucher).status_code == 204
+    assert HTTP.post(f"{url}/v1/vouchers", json=voucher).status_code == 204
     forged = {**voucher, "signature": "0x" + "11" * 65}
-    assert httpx.post(f"{url}/v1/vouchers", json=forged).status_code == 401
+    assert HTTP.post(f"{url}/v1/vouchers", json=forged).status_code == 401
     assert kit.node.store.paid(kit.client.address) == receipt.payer_cum
 
 
@@ -243,13 +246,13 @@ def test_who_may_read_transcripts(kit: Kit, url: str) -> None:
     kit.node.jobs.step()
     kit.chain.mine()
     kit.node.jobs.step()
-    leaves = httpx.get(f"{url}/v1/batches/1/receipts").json()["receipts"]
+    leaves = HTTP.get(f"{url}/v1/batches/1/receipts").json()["receipts"]
     assert [Receipt.from_json(leaf["receipt"]) for leaf in leaves] == receipts
     # Before the beacon nobody but the client may read.
-    assert {httpx.get(f"{url}/v1/batches/1/transcripts/{i}").status_code for i in range(4)} == {403}
+    assert {HTTP.get(f"{url}/v1/batches/1/transcripts/{i}").status_code for i in range(4)} == {403}
     kit.chain.mine()
     kit.chain.mine()
-    answers = [httpx.get(f"{url}/v1/batches/1/transcripts/{i}") for i in range(4)]
+    answers = [HTTP.get(f"{url}/v1/batches/1/transcripts/{i}") for i in range(4)]
     batch = kit.chain.state.batches[1]
     expected = [200 if kit.node.transcripts.is_selected(batch, i) else 403 for i in range(4)]
     assert [a.status_code for a in answers] == expected and set(expected) == {200, 403}
@@ -263,12 +266,12 @@ def test_who_may_read_transcripts(kit: Kit, url: str) -> None:
         key = kit.client.key if signer == "client" else key_of(signer)
         signature = query.sign(kit.node.served.log_domain, key.private_key)
         headers = {ACCESS_HEADER: f"{deadline}:0x{signature.hex()}"}
-        return httpx.get(f"{url}/v1/batches/1/transcripts/{number}", headers=headers).status_code
+        return HTTP.get(f"{url}/v1/batches/1/transcripts/{number}", headers=headers).status_code
 
     assert ask("client", 60) == 200
     assert ask("stranger", 60) == 403
     assert ask("client", -1) == 403
     assert ask("client", 10_000) == 403
-    assert httpx.get(f"{url}/v1/batches/1/transcripts/{hidden}", headers={ACCESS_HEADER: "1:0x12"}).status_code == 403
-    assert httpx.get(f"{url}/v1/batches/1/transcripts/{hidden}", headers={ACCESS_HEADER: "x"}).status_code == 400
-    assert httpx.get(f"{url}/v1/batches/1/transcripts/4").status_code == 404
+    assert HTTP.get(f"{url}/v1/batches/1/transcripts/{hidden}", headers={ACCESS_HEADER: "1:0x12"}).status_code == 403
+    assert HTTP.get(f"{url}/v1/batches/1/transcripts/{hidden}", headers={ACCESS_HEADER: "x"}).status_code == 400
+    assert HTTP.get(f"{url}/v1/batches/1/transcripts/4").status_code == 404
