@@ -27,6 +27,8 @@ from tests.support.tellings import Story, Telling, story
 from tests.vectors.generate_canonical import TOKENS, traced
 from tests.vectors.generate_numeric import TINY
 
+pytestmark = pytest.mark.slow
+
 ONE = 2**16
 """A logit of 1."""
 DEAD_ZONE, HARD_LIMIT, ROW = ONE // 4, 2 * ONE, ThresholdRow(1, ONE // 8)

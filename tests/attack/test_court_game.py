@@ -23,6 +23,8 @@ from tests.support.referee_steps import Step, open_step
 from tests.support.tellings import Story, Telling
 from tests.vectors.generate_canonical import traced
 
+pytestmark = pytest.mark.slow
+
 HALF, QUARTER = BOND // 2, CONTEST_BOND // 2
 LOST_BOND = {"accuser": -BOND, "contester": HALF, "burned": BOND - HALF}
 """An accusation that one contest ended."""

@@ -19,6 +19,8 @@ from tests.contracts.network import CONVICTED, FINAL, PENDING, Committed, Server
 from tests.contracts.system import account, refuses
 from tests.support.tellings import Telling
 
+pytestmark = pytest.mark.slow
+
 HALF, QUARTER = BOND // 2, CONTEST_BOND // 2
 
 

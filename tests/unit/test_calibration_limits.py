@@ -27,6 +27,8 @@ from poip_chain.spec.objects import Profile
 from poip_chain.spec.scores import Verdict
 from tests.vectors.generate_numeric import TINY
 
+pytestmark = pytest.mark.slow
+
 LOGIT = 65536
 BASE: Profile = dataclasses.replace(model_profile(TINY, (2,), 2048), vocab_size=49_152)
 VOCABULARY = 30
