@@ -12,6 +12,8 @@ from tests.contracts.network import CONVICTED, Committed
 from tests.contracts.system import OWNER, account, refuses
 from tests.support.tellings import Telling
 
+pytestmark = pytest.mark.slow
+
 HALF, QUARTER = BOND // 2, CONTEST_BOND // 2
 
 RELAY = """

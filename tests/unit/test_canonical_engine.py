@@ -37,6 +37,8 @@ from tests.support.trace_inputs import TraceInputs
 from tests.vectors.generate_canonical import ODD, ODD_TOKENS, TOKENS, integer_weights
 from tests.vectors.generate_numeric import TINY
 
+pytestmark = pytest.mark.slow
+
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "trace.json").read_text())
 PATHS = ["float64", "int8"] + (["int16"] if cpu_has("avx2") else [])
 LLAMA = ModelConfig(64, 96, 2, 4, 1, 64, 37, 64, 10_000_000, 500_000, ZERO_HASH, False, False, False, False)

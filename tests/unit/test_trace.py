@@ -30,6 +30,8 @@ from tests.vectors.generate_canonical import (
 )
 from tests.vectors.generate_numeric import TINY, render
 
+pytestmark = pytest.mark.slow
+
 VECTORS = Path(__file__).resolve().parent.parent / "vectors"
 PLAIN = dataclasses.replace(
     TINY, qk_norm=False, attention_bias=False, tied_embeddings=True, num_heads=4, num_kv_heads=2, mlp_bias=True

@@ -22,6 +22,8 @@ from poip_chain.service.engine import checkpoint, default_model, fast_weights, m
 from poip_chain.spec import merkle, weights
 from tests.vectors.generate_numeric import TINY, render, tiny_tensors, weights_vectors
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 floats = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
